@@ -1,0 +1,117 @@
+//! The tokens of one step: several sequences of different lengths laid end to end.
+
+use crate::backend::Limits;
+use crate::config::Config;
+use crate::error::{Error, Result};
+
+/// Consecutive tokens of one sequence within a [`Batch`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// State slot of the sequence.
+    pub slot: usize,
+    /// Position of the run's first token in its sequence: how many tokens the slot holds already.
+    pub position: usize,
+    /// Number of tokens.
+    pub len: usize,
+}
+
+/// Which tokens of a run get logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outputs {
+    /// None: a chunk of a prompt that is not its last.
+    None,
+    /// The last.
+    Last,
+    /// Every one.
+    All,
+}
+
+/// The tokens of one step. Prompts, parts of prompts and single tokens may share it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    tokens: Vec<u32>,
+    runs: Vec<Run>,
+    outputs: Vec<usize>,
+}
+
+impl Batch {
+    /// An empty batch.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A batch of one run.
+    pub fn single(slot: usize, position: usize, tokens: &[u32], outputs: Outputs) -> Self {
+        let mut batch = Self::new();
+        batch.push(slot, position, tokens, outputs);
+        batch
+    }
+
+    /// Makes the batch empty, keeping its memory.
+    pub fn clear(&mut self) {
+        self.tokens.clear();
+        self.runs.clear();
+        self.outputs.clear();
+    }
+
+    /// Adds a run: the sequence in `slot`, `position` tokens long so far, goes on with `tokens`.
+    pub fn push(&mut self, slot: usize, position: usize, tokens: &[u32], outputs: Outputs) {
+        let start = self.tokens.len();
+        self.tokens.extend_from_slice(tokens);
+        let end = self.tokens.len();
+        self.runs.push(Run { slot, position, len: tokens.len() });
+        self.outputs.extend(match outputs {
+            Outputs::None => end..end,
+            Outputs::Last => end.saturating_sub(1).max(start)..end,
+            Outputs::All => start..end,
+        });
+    }
+
+    /// Token ids, sequences laid end to end.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// The runs, in the order of their tokens.
+    pub fn runs(&self) -> &[Run] {
+        &self.runs
+    }
+
+    /// Indices into [`tokens`](Self::tokens) of those that get logits, ascending.
+    pub fn outputs(&self) -> &[usize] {
+        &self.outputs
+    }
+
+    /// Checks that a model of `config` can run the batch within `limits`.
+    ///
+    /// # Errors
+    /// [`Error::Token`], [`Error::Context`] or [`Error::Batch`].
+    pub fn check(&self, config: &Config, limits: &Limits) -> Result<()> {
+        let vocab_size = config.vocab_size;
+        if let Some(index) = self.tokens.iter().position(|&id| id as usize >= vocab_size) {
+            return Err(Error::Token { id: self.tokens[index], index, vocab_size });
+        }
+        at_most("number of tokens", self.tokens.len(), limits.tokens)?;
+        at_most("number of logit rows", self.outputs.len(), limits.outputs)?;
+        for (i, run) in self.runs.iter().enumerate() {
+            at_most("slot", run.slot, limits.slots.saturating_sub(1))?;
+            let needed = run.position.saturating_add(run.len);
+            if needed > limits.context {
+                return Err(Error::Context { needed, allocated: limits.context });
+            }
+            if self.runs[..i].iter().any(|other| other.slot == run.slot) {
+                let allowed = "but only one run of a batch may use a slot".into();
+                return Err(Error::Batch { what: "repeated slot", got: run.slot, allowed });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn at_most(what: &'static str, got: usize, max: usize) -> Result<()> {
+    if got <= max {
+        Ok(())
+    } else {
+        Err(Error::Batch { what, got, allowed: format!("but at most {max} is allowed here") })
+    }
+}

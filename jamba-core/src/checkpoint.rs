@@ -1,0 +1,221 @@
+//! Weights in safetensors files, sharded or not, memory-mapped.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use memmap2::Mmap;
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+use crate::config::{missing, read_json};
+use crate::error::{Error, Result};
+use crate::tensor::{Dtype, HostTensor, Owner, Param};
+use crate::weights::{ParamSpec, Source, Weights};
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// Where parameters come from.
+pub trait ParamSource {
+    /// The parameter that `spec` describes.
+    ///
+    /// # Errors
+    /// Whatever keeps it from being had; the error names it.
+    fn param(&self, spec: &ParamSpec) -> Result<Param>;
+}
+
+/// The tensors of a model folder.
+///
+/// Files are mapped, not read: opening costs the headers, and a backend that keeps parameters as
+/// they are stored shares the page cache with everyone else who has the file open. A file that is
+/// truncated by someone else *while it is mapped* ends the process (SIGBUS): replace model files
+/// by renaming, do not write into them.
+pub struct Checkpoint {
+    folder: PathBuf,
+    shards: Vec<Shard>,
+    tensors: HashMap<String, Stored>,
+}
+
+struct Shard {
+    path: PathBuf,
+    bytes: Owner,
+}
+
+struct Stored {
+    shard: usize,
+    dtype: safetensors::Dtype,
+    shape: Vec<usize>,
+    bytes: Range<usize>,
+}
+
+impl Checkpoint {
+    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+    ///
+    /// # Errors
+    /// [`Error::Missing`], [`Error::Io`], [`Error::Safetensors`], [`Error::Index`], [`Error::Json`].
+    pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref();
+        let mut checkpoint =
+            Self { folder: folder.to_owned(), shards: Vec::new(), tensors: HashMap::new() };
+        let index = folder.join(INDEX);
+        if let Some(value) = read_json(&index)? {
+            checkpoint.open_shards(&index, &value)?;
+        } else {
+            let path = folder.join(SINGLE);
+            if !path.is_file() {
+                return Err(missing(folder, "model.safetensors or model.safetensors.index.json"));
+            }
+            checkpoint.tensors = checkpoint.map(path)?;
+        }
+        Ok(checkpoint)
+    }
+
+    fn open_shards(&mut self, index: &Path, value: &Value) -> Result<()> {
+        let wrong = |reason: String| Error::Index { path: index.to_owned(), reason };
+        let weight_map = value.get("weight_map").and_then(Value::as_object).ok_or_else(|| {
+            wrong("`weight_map` is not an object of tensor names and files".into())
+        })?;
+        let mut names_of: HashMap<&str, Vec<&str>> = HashMap::new();
+        for (name, file) in weight_map {
+            let file = file
+                .as_str()
+                .filter(|f| Path::new(f).file_name().is_some_and(|plain| plain == *f))
+                .ok_or_else(|| {
+                    wrong(format!("tensor `{name}` is not placed in a file of this folder"))
+                })?;
+            names_of.entry(file).or_default().push(name);
+        }
+        let mut files: Vec<_> = names_of.into_iter().collect();
+        files.sort_unstable();
+        for (file, names) in files {
+            let path = self.folder.join(file);
+            if !path.is_file() {
+                return Err(wrong(format!("it names the shard {file}, which is not there")));
+            }
+            let mut found = self.map(path)?;
+            for name in names {
+                let stored = found.remove(name).ok_or_else(|| {
+                    wrong(format!("it places tensor `{name}` in {file}, which does not have it"))
+                })?;
+                self.tensors.insert(name.to_owned(), stored);
+            }
+        }
+        Ok(())
+    }
+
+    /// Maps one file and lists its tensors.
+    fn map(&mut self, path: PathBuf) -> Result<HashMap<String, Stored>> {
+        let file = File::open(&path).map_err(Error::io(&path))?;
+        // SAFETY: the map is read-only and private to this process's view; that nobody truncates
+        // the file while it is mapped is asked of the user in the documentation of `Checkpoint`.
+        #[allow(unsafe_code)]
+        let map = unsafe { Mmap::map(&file) }.map_err(Error::io(&path))?;
+        let (header, metadata) = SafeTensors::read_metadata(&map)
+            .map_err(|e| Error::Safetensors { path: path.clone(), reason: e.to_string() })?;
+        let data = 8 + header;
+        let shard = self.shards.len();
+        let stored = metadata.tensors().into_iter().map(|(name, info)| {
+            let (start, end) = info.data_offsets;
+            let bytes = data + start..data + end;
+            (name, Stored { shard, dtype: info.dtype, shape: info.shape.clone(), bytes })
+        });
+        let stored = stored.collect();
+        self.shards.push(Shard { path, bytes: Arc::new(map) });
+        Ok(stored)
+    }
+
+    /// Names of all tensors, in no particular order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Whether the checkpoint has a tensor of this name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// One tensor, which must have this shape.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`], [`Error::TensorShape`] or [`Error::TensorDtype`].
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<HostTensor> {
+        let stored = self.tensors.get(name).ok_or_else(|| self.lacks(name))?;
+        let shard = &self.shards[stored.shard];
+        if stored.shape != shape {
+            return Err(Error::TensorShape {
+                name: name.into(),
+                path: shard.path.clone(),
+                expected: shape.to_vec(),
+                got: stored.shape.clone(),
+            });
+        }
+        let dtype = match stored.dtype {
+            safetensors::Dtype::F32 => Dtype::F32,
+            safetensors::Dtype::F16 => Dtype::F16,
+            safetensors::Dtype::BF16 => Dtype::Bf16,
+            other => {
+                return Err(Error::TensorDtype {
+                    name: name.into(),
+                    path: shard.path.clone(),
+                    got: format!("{other:?}"),
+                });
+            }
+        };
+        Ok(HostTensor::view(dtype, shape.to_vec(), shard.bytes.clone(), stored.bytes.clone()))
+    }
+
+    /// Tensors that the model of this layout does not use, sorted: a sign that `config.json`
+    /// describes another model than the weights.
+    pub fn unused(&self, layout: &Weights<ParamSpec>) -> Vec<String> {
+        let mut unused: Vec<_> = self.names().map(str::to_owned).collect();
+        unused.sort_unstable();
+        let mut used = std::collections::HashSet::new();
+        layout.for_each(|spec| match &spec.source {
+            Source::Stored(_) => drop(used.insert(spec.name.clone())),
+            Source::NegExp(name) => drop(used.insert(name.clone())),
+            Source::Stacked(parts) | Source::StoredOrStacked(parts) => {
+                used.insert(spec.name.clone());
+                used.extend(parts.iter().map(|(name, _)| name.clone()));
+            }
+        });
+        if layout.lm_head.is_none() {
+            // Some writers repeat a tied head.
+            used.insert("lm_head.weight".into());
+        }
+        unused.retain(|name| !used.contains(name));
+        unused
+    }
+
+    fn lacks(&self, name: &str) -> Error {
+        let path = match self.shards.as_slice() {
+            [one] => one.path.clone(),
+            _ => self.folder.clone(),
+        };
+        Error::MissingTensor { name: name.into(), path }
+    }
+}
+
+impl ParamSource for Checkpoint {
+    fn param(&self, spec: &ParamSpec) -> Result<Param> {
+        let stacked = |parts: &[(String, Vec<usize>)]| {
+            parts.iter().map(|(name, shape)| self.tensor(name, shape)).collect::<Result<_>>()
+        };
+        let parts = match &spec.source {
+            Source::Stored(shape) => vec![self.tensor(&spec.name, shape)?],
+            Source::NegExp(name) => {
+                let log = self.tensor(name, &spec.shape)?;
+                let values = log.to_f32().iter().map(|&v| -v.exp()).collect();
+                vec![HostTensor::from_f32(spec.shape.clone(), values)]
+            }
+            Source::Stacked(parts) => stacked(parts)?,
+            Source::StoredOrStacked(_) if self.contains(&spec.name) => {
+                vec![self.tensor(&spec.name, &spec.shape)?]
+            }
+            Source::StoredOrStacked(parts) => stacked(parts)?,
+        };
+        Ok(Param { name: spec.name.clone(), role: spec.role, shape: spec.shape.clone(), parts })
+    }
+}

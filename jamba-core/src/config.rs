@@ -1,0 +1,435 @@
+//! `config.json` to [`Config`], validated once.
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+use crate::tensor::Dtype;
+
+/// The knobs of one Jamba model (arXiv 2403.19887, section 2), named as in `config.json`.
+///
+/// A `Config` read by [`Config::from_folder`] or [`Config::from_json`], or taken from
+/// [`Config::preset`], is valid. Fields may be changed; whoever takes a `Config` calls
+/// [`Config::validate`] again.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Config {
+    /// Rows of the embedding table.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width of one MLP or expert.
+    pub intermediate_size: usize,
+    /// Decoder layers.
+    pub num_hidden_layers: usize,
+    /// Query heads.
+    pub num_attention_heads: usize,
+    /// Key and value heads; each serves `num_attention_heads / num_key_value_heads` query heads.
+    pub num_key_value_heads: usize,
+    /// Width of one head: `hidden_size / num_attention_heads` unless the file says otherwise.
+    pub head_dim: usize,
+    /// Layer `i` mixes by attention where `i % attn_layer_period == attn_layer_offset`.
+    pub attn_layer_period: usize,
+    /// See [`attn_layer_period`](Self::attn_layer_period).
+    pub attn_layer_offset: usize,
+    /// Layer `i` has experts where `i % expert_layer_period == expert_layer_offset`.
+    pub expert_layer_period: usize,
+    /// See [`expert_layer_period`](Self::expert_layer_period).
+    pub expert_layer_offset: usize,
+    /// Experts in an MoE layer; with fewer than two, every layer has a dense MLP.
+    pub num_experts: usize,
+    /// Experts used per token (K of the paper).
+    pub num_experts_per_tok: usize,
+    /// SSM state per channel.
+    pub mamba_d_state: usize,
+    /// Taps of the causal convolution.
+    pub mamba_d_conv: usize,
+    /// `d_inner / hidden_size`.
+    pub mamba_expand: usize,
+    /// Rank of dt.
+    pub mamba_dt_rank: usize,
+    /// Whether the convolution has a bias.
+    pub mamba_conv_bias: bool,
+    /// Whether `in_proj` and `out_proj` have biases.
+    pub mamba_proj_bias: bool,
+    /// Added to the mean square in every RMSNorm.
+    pub rms_norm_eps: f32,
+    /// Whether the output head is the embedding table.
+    pub tie_word_embeddings: bool,
+    /// Token that every text begins with.
+    pub bos_token_id: Option<u32>,
+    /// Tokens that end a text.
+    pub eos_token_ids: Vec<u32>,
+    /// Context that the model was trained for.
+    pub max_position_embeddings: Option<usize>,
+    /// Dtype that the checkpoint was written in.
+    pub dtype: Option<Dtype>,
+}
+
+/// No size of a model that fits any machine is larger, and products of four of them fit `u128`.
+const MAX_SIZE: usize = 1 << 24;
+const MAX_LAYERS: usize = 1 << 12;
+
+impl Config {
+    /// Reads `config.json`, and `generation_config.json` if there is one, from a model folder.
+    ///
+    /// As in transformers, an `eos_token_id` of `generation_config.json` replaces that of
+    /// `config.json`.
+    ///
+    /// # Errors
+    /// [`Error::Missing`], [`Error::Io`], [`Error::Json`], or [`Error::Config`] naming the field.
+    pub fn from_folder(folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref();
+        let path = folder.join("config.json");
+        let value = read_json(&path)?.ok_or_else(|| missing(folder, "config.json"))?;
+        let mut config = Self::from_value(&value)?;
+        if let Some(generation) = read_json(&folder.join("generation_config.json"))? {
+            let field = Fields::new(&generation, "generation_config.json")?;
+            if let Some(ids) = field.ids("eos_token_id", config.vocab_size)? {
+                config.eos_token_ids = ids;
+            }
+        }
+        Ok(config)
+    }
+
+    /// Parses the text of a `config.json`.
+    ///
+    /// # Errors
+    /// [`Error::Json`] or [`Error::Config`].
+    pub fn from_json(text: &str) -> Result<Self> {
+        let value = serde_json::from_str(text)
+            .map_err(|source| Error::Json { path: "config.json".into(), source })?;
+        Self::from_value(&value)
+    }
+
+    fn from_value(value: &Value) -> Result<Self> {
+        let field = Fields::new(value, "config.json")?;
+        field.refuse_unsupported()?;
+
+        let hidden_size = field.required("hidden_size")?;
+        let vocab_size = field.required("vocab_size")?;
+        let num_attention_heads = field.required("num_attention_heads")?;
+        let num_experts = field.size("num_experts")?.unwrap_or(16);
+        let config = Self {
+            vocab_size,
+            hidden_size,
+            intermediate_size: field.required("intermediate_size")?,
+            num_hidden_layers: field.required("num_hidden_layers")?,
+            num_attention_heads,
+            num_key_value_heads: match field.size("num_key_value_heads")? {
+                Some(heads) => heads,
+                None if field.is_null("num_key_value_heads") => num_attention_heads,
+                None => 8,
+            },
+            head_dim: match field.size("head_dim")? {
+                Some(head_dim) => head_dim,
+                None if num_attention_heads == 0 || hidden_size % num_attention_heads != 0 => {
+                    return Err(heads_do_not_divide(num_attention_heads, hidden_size));
+                }
+                None => hidden_size / num_attention_heads,
+            },
+            attn_layer_period: field.size("attn_layer_period")?.unwrap_or(8),
+            attn_layer_offset: field.size("attn_layer_offset")?.unwrap_or(4),
+            expert_layer_period: field.size("expert_layer_period")?.unwrap_or(2),
+            expert_layer_offset: field.size("expert_layer_offset")?.unwrap_or(1),
+            num_experts,
+            num_experts_per_tok: field.size("num_experts_per_tok")?.unwrap_or(2),
+            mamba_d_state: field.size("mamba_d_state")?.unwrap_or(16),
+            mamba_d_conv: field.size("mamba_d_conv")?.unwrap_or(4),
+            mamba_expand: field.size("mamba_expand")?.unwrap_or(2),
+            mamba_dt_rank: field.dt_rank(hidden_size)?,
+            mamba_conv_bias: field.flag("mamba_conv_bias")?.unwrap_or(true),
+            mamba_proj_bias: field.flag("mamba_proj_bias")?.unwrap_or(false),
+            rms_norm_eps: field.float("rms_norm_eps")?.unwrap_or(1e-6),
+            tie_word_embeddings: field.flag("tie_word_embeddings")?.unwrap_or(false),
+            bos_token_id: field.id("bos_token_id", vocab_size)?,
+            eos_token_ids: field.ids("eos_token_id", vocab_size)?.unwrap_or_default(),
+            max_position_embeddings: match field.size("max_position_embeddings")? {
+                Some(n) => Some(n),
+                None => field.size("n_ctx")?,
+            },
+            dtype: field.dtype()?,
+        };
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Inner width of the Mamba mixer, `mamba_expand * hidden_size`.
+    pub fn d_inner(&self) -> usize {
+        self.mamba_expand * self.hidden_size
+    }
+
+    /// Width of all query heads together.
+    pub fn q_width(&self) -> usize {
+        self.num_attention_heads * self.head_dim
+    }
+
+    /// Width of all key (or value) heads together.
+    pub fn kv_width(&self) -> usize {
+        self.num_key_value_heads * self.head_dim
+    }
+
+    /// Checks every rule that the rest of the crate relies on.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with the field, its value and what is allowed.
+    pub fn validate(&self) -> Result<()> {
+        let sizes = [
+            ("vocab_size", self.vocab_size, MAX_SIZE),
+            ("hidden_size", self.hidden_size, MAX_SIZE),
+            ("intermediate_size", self.intermediate_size, MAX_SIZE),
+            ("num_hidden_layers", self.num_hidden_layers, MAX_LAYERS),
+            ("num_attention_heads", self.num_attention_heads, MAX_SIZE),
+            ("num_key_value_heads", self.num_key_value_heads, MAX_SIZE),
+            ("head_dim", self.head_dim, MAX_SIZE),
+            ("attn_layer_period", self.attn_layer_period, MAX_SIZE),
+            ("expert_layer_period", self.expert_layer_period, MAX_SIZE),
+            ("mamba_d_state", self.mamba_d_state, MAX_LAYERS),
+            ("mamba_d_conv", self.mamba_d_conv, MAX_LAYERS),
+            ("mamba_expand", self.mamba_expand, MAX_LAYERS),
+            ("mamba_dt_rank", self.mamba_dt_rank, MAX_SIZE),
+        ];
+        for (field, value, max) in sizes {
+            ensure((1..=max).contains(&value), field, value, || format!("1 to {max} is allowed"))?;
+        }
+        let products = [
+            ("num_attention_heads", self.num_attention_heads, self.head_dim),
+            ("num_key_value_heads", self.num_key_value_heads, self.head_dim),
+            ("mamba_expand", self.mamba_expand, self.hidden_size),
+        ];
+        for (field, factor, width) in products {
+            let allowed = || format!("times {width} it must not pass {MAX_SIZE}");
+            ensure(factor * width <= MAX_SIZE, field, factor, allowed)?;
+        }
+        let (heads, kv_heads) = (self.num_attention_heads, self.num_key_value_heads);
+        ensure(heads.is_multiple_of(kv_heads), "num_key_value_heads", kv_heads, || {
+            format!("it must divide num_attention_heads ({heads})")
+        })?;
+        let offsets = [
+            (
+                "attn_layer_offset",
+                self.attn_layer_offset,
+                "attn_layer_period",
+                self.attn_layer_period,
+            ),
+            (
+                "expert_layer_offset",
+                self.expert_layer_offset,
+                "expert_layer_period",
+                self.expert_layer_period,
+            ),
+        ];
+        for (field, offset, period_field, period) in offsets {
+            ensure(offset < period, field, offset, || {
+                format!("it must be below {period_field} ({period})")
+            })?;
+        }
+        ensure(self.num_experts <= MAX_LAYERS, "num_experts", self.num_experts, || {
+            format!("0 to {MAX_LAYERS} is allowed")
+        })?;
+        if self.num_experts > 1 {
+            let (k, n) = (self.num_experts_per_tok, self.num_experts);
+            ensure((1..=n).contains(&k), "num_experts_per_tok", k, || {
+                format!("1 to num_experts ({n}) is allowed")
+            })?;
+        }
+        let eps = self.rms_norm_eps;
+        ensure(eps.is_finite() && eps > 0.0, "rms_norm_eps", eps, || "it must be positive".into())
+    }
+}
+
+fn ensure(
+    holds: bool,
+    field: &'static str,
+    value: impl ToString,
+    allowed: impl FnOnce() -> String,
+) -> Result<()> {
+    if holds { Ok(()) } else { Err(config_error(field, value, allowed())) }
+}
+
+fn config_error(field: &'static str, value: impl ToString, allowed: impl Into<String>) -> Error {
+    Error::Config { field, value: value.to_string(), allowed: allowed.into() }
+}
+
+fn heads_do_not_divide(heads: usize, hidden_size: usize) -> Error {
+    let allowed = format!("it must divide hidden_size ({hidden_size}) where head_dim is not given");
+    config_error("num_attention_heads", heads, allowed)
+}
+
+pub(crate) fn missing(folder: &Path, wanted: &'static str) -> Error {
+    if folder.is_dir() {
+        Error::Missing { folder: folder.to_owned(), wanted }
+    } else {
+        Error::Io {
+            path: folder.to_owned(),
+            source: std::io::Error::new(std::io::ErrorKind::NotFound, "no such folder"),
+        }
+    }
+}
+
+/// The JSON in `path`; `None` if there is no such file.
+pub(crate) fn read_json(path: &Path) -> Result<Option<Value>> {
+    let bytes = match std::fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(e)
+            if matches!(
+                e.kind(),
+                std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory
+            ) =>
+        {
+            return Ok(None);
+        }
+        Err(e) => return Err(Error::io(path)(e)),
+    };
+    let value = serde_json::from_slice(&bytes)
+        .map_err(|source| Error::Json { path: path.to_owned(), source })?;
+    Ok(Some(value))
+}
+
+/// Typed access to the keys of a JSON object; unknown keys are never looked at.
+pub(crate) struct Fields<'a>(&'a Map<String, Value>);
+
+impl<'a> Fields<'a> {
+    pub(crate) fn new(value: &'a Value, file: &'static str) -> Result<Self> {
+        match value {
+            Value::Object(map) => Ok(Self(map)),
+            other => Err(config_error(file, kind(other), "a JSON object is expected")),
+        }
+    }
+
+    /// The value of a key that is there and not null.
+    fn get(&self, key: &str) -> Option<&'a Value> {
+        self.0.get(key).filter(|v| !v.is_null())
+    }
+
+    fn is_null(&self, key: &str) -> bool {
+        self.0.get(key).is_some_and(Value::is_null)
+    }
+
+    fn parse<T>(
+        &self,
+        key: &'static str,
+        allowed: &str,
+        parse: impl FnOnce(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        parse(value).map(Some).ok_or_else(|| config_error(key, brief(value), allowed))
+    }
+
+    pub(crate) fn size(&self, key: &'static str) -> Result<Option<usize>> {
+        let whole = |v: &Value| v.as_u64().and_then(|n| usize::try_from(n).ok());
+        self.parse(key, "a whole number of at least 0 is expected", whole)
+    }
+
+    fn required(&self, key: &'static str) -> Result<usize> {
+        self.size(key)?.ok_or_else(|| config_error(key, "missing", "a whole number is required"))
+    }
+
+    pub(crate) fn flag(&self, key: &'static str) -> Result<Option<bool>> {
+        self.parse(key, "true or false is expected", Value::as_bool)
+    }
+
+    pub(crate) fn float(&self, key: &'static str) -> Result<Option<f32>> {
+        self.parse(key, "a number is expected", |v| v.as_f64().map(|x| x as f32))
+    }
+
+    fn id(&self, key: &'static str, vocab_size: usize) -> Result<Option<u32>> {
+        let allowed = format!("a token id below vocab_size ({vocab_size}) is expected");
+        self.parse(key, &allowed, |v| token_id(v, vocab_size))
+    }
+
+    fn ids(&self, key: &'static str, vocab_size: usize) -> Result<Option<Vec<u32>>> {
+        let allowed =
+            format!("a token id below vocab_size ({vocab_size}) or a list of them is expected");
+        self.parse(key, &allowed, |v| match v {
+            Value::Array(list) => list.iter().map(|v| token_id(v, vocab_size)).collect(),
+            one => token_id(one, vocab_size).map(|id| vec![id]),
+        })
+    }
+
+    fn dt_rank(&self, hidden_size: usize) -> Result<usize> {
+        match self.get("mamba_dt_rank") {
+            None => Ok(hidden_size.div_ceil(16)),
+            Some(Value::String(s)) if s == "auto" => Ok(hidden_size.div_ceil(16)),
+            Some(value) => value.as_u64().and_then(|n| usize::try_from(n).ok()).ok_or_else(|| {
+                config_error(
+                    "mamba_dt_rank",
+                    brief(value),
+                    "a whole number or \"auto\" is expected",
+                )
+            }),
+        }
+    }
+
+    fn dtype(&self) -> Result<Option<Dtype>> {
+        let key = if self.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
+        self.parse(key, "float32, float16 or bfloat16 is expected", |v| match v.as_str()? {
+            "float32" | "float" => Some(Dtype::F32),
+            "float16" | "half" => Some(Dtype::F16),
+            "bfloat16" => Some(Dtype::Bf16),
+            _ => None,
+        })
+    }
+
+    /// Refuses what would load but compute something else than the model it came from.
+    fn refuse_unsupported(&self) -> Result<()> {
+        let text = |key| self.get(key).map(brief);
+        if let Some(value) = self.get("model_type").filter(|v| v.as_str() != Some("jamba")) {
+            return Err(config_error("model_type", brief(value), "only \"jamba\" is supported"));
+        }
+        if let Some(quantization) = self.get("quantization_config") {
+            let method = quantization.get("quant_method").map_or("missing".into(), brief);
+            let allowed =
+                "pre-quantised checkpoints are not supported: use the F32, F16 or BF16 original";
+            return Err(config_error("quantization_config.quant_method", method, allowed));
+        }
+        if let Some(value) =
+            self.get("hidden_act").filter(|v| !matches!(v.as_str(), Some("silu" | "swish")))
+        {
+            return Err(config_error("hidden_act", brief(value), "only \"silu\" is supported"));
+        }
+        if let Some(value) = text("sliding_window") {
+            return Err(config_error(
+                "sliding_window",
+                value,
+                "only null (attention to all earlier tokens) is supported",
+            ));
+        }
+        if self.flag("mamba_inner_layernorms")? == Some(false) {
+            let allowed = "only true is supported (RMSNorm on dt, B and C)";
+            return Err(config_error("mamba_inner_layernorms", "false", allowed));
+        }
+        Ok(())
+    }
+}
+
+fn token_id(value: &Value, vocab_size: usize) -> Option<u32> {
+    let id = u32::try_from(value.as_u64()?).ok()?;
+    ((id as usize) < vocab_size).then_some(id)
+}
+
+/// A value as it appears in an error: whole if short.
+fn brief(value: &Value) -> String {
+    match value {
+        Value::Object(_) | Value::Array(_) => kind(value).into(),
+        other => {
+            let text = other.to_string();
+            match text.char_indices().nth(60) {
+                Some((end, _)) => format!("{}...", &text[..end]),
+                None => text,
+            }
+        }
+    }
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}

@@ -1,0 +1,213 @@
+//! What can go wrong, with the facts that say what to do about it.
+
+use std::path::{Path, PathBuf};
+
+/// Result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Everything that jamba-core and its backends report.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file or folder could not be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Io {
+        /// What was to be read.
+        path: PathBuf,
+        /// Why it was not.
+        source: std::io::Error,
+    },
+    /// A model folder lacks something that every model folder has.
+    #[error("{} has no {wanted}: a Hugging Face model folder is expected", folder.display())]
+    Missing {
+        /// The folder searched.
+        folder: PathBuf,
+        /// The file or files, any of which would do.
+        wanted: &'static str,
+    },
+    /// A file is not the JSON it should be.
+    #[error("{} is not valid JSON: {source}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Line, column and reason.
+        source: serde_json::Error,
+    },
+    /// A field of `config.json` has a value that cannot be run.
+    #[error("config field `{field}` is {value}, but {allowed}")]
+    Config {
+        /// Name of the field, as in `config.json`.
+        field: &'static str,
+        /// Its value, `missing` if it is not there.
+        value: String,
+        /// What would be accepted.
+        allowed: String,
+    },
+    /// No preset of this name.
+    #[error("there is no preset `{name}`: the presets are {known}")]
+    UnknownPreset {
+        /// The name asked for.
+        name: String,
+        /// The names there are.
+        known: String,
+    },
+    /// A weights file does not follow the safetensors format.
+    #[error("{} is not a valid safetensors file: {reason}", path.display())]
+    Safetensors {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// `model.safetensors.index.json` does not fit the files beside it.
+    #[error("{}: {reason}", path.display())]
+    Index {
+        /// The index file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The configuration needs a tensor that the checkpoint lacks.
+    #[error("tensor `{name}` is not in the checkpoint {}", path.display())]
+    MissingTensor {
+        /// Its name in the checkpoint.
+        name: String,
+        /// File or folder of the checkpoint.
+        path: PathBuf,
+    },
+    /// A tensor of the checkpoint has another shape than the configuration says.
+    #[error(
+        "tensor `{name}` in {} has shape {got:?}, the configuration requires {expected:?}",
+        path.display()
+    )]
+    TensorShape {
+        /// Its name in the checkpoint.
+        name: String,
+        /// The file that holds it.
+        path: PathBuf,
+        /// Required by the configuration.
+        expected: Vec<usize>,
+        /// Found.
+        got: Vec<usize>,
+    },
+    /// A tensor of the checkpoint has a dtype that is not supported.
+    #[error("tensor `{name}` in {} is {got}: F32, F16 and BF16 are supported", path.display())]
+    TensorDtype {
+        /// Its name in the checkpoint.
+        name: String,
+        /// The file that holds it.
+        path: PathBuf,
+        /// Found.
+        got: String,
+    },
+    /// The tokenizer could not be read or refused its input.
+    #[error("tokenizer {}: {reason}", path.display())]
+    Tokenizer {
+        /// The tokenizer's file.
+        path: PathBuf,
+        /// What it said.
+        reason: String,
+    },
+    /// An operand does not have the shape its operator requires.
+    #[error("{op}: {what} has shape {got:?}, expected {expected:?}")]
+    Shape {
+        /// Operator.
+        op: &'static str,
+        /// Operand.
+        what: &'static str,
+        /// Required (rows, columns).
+        expected: [usize; 2],
+        /// Given (rows, columns).
+        got: [usize; 2],
+    },
+    /// A token id is beyond the vocabulary.
+    #[error("token id {id} (number {index} of the input) is beyond the vocabulary of {vocab_size}")]
+    Token {
+        /// The id.
+        id: u32,
+        /// Its place in the input.
+        index: usize,
+        /// Ids run from 0 to this, exclusive.
+        vocab_size: usize,
+    },
+    /// There is nothing to start from.
+    #[error("the prompt is empty, and this model has no beginning-of-text token to start from")]
+    EmptyPrompt,
+    /// More tokens than the session was made for.
+    #[error(
+        "{needed} tokens of context are needed, {allocated} were allocated: \
+         ask for a larger context when the session is made"
+    )]
+    Context {
+        /// Tokens after this step.
+        needed: usize,
+        /// Tokens that fit.
+        allocated: usize,
+    },
+    /// A batch does not fit the session it was given to.
+    #[error("batch: {what} is {got}, {allowed}")]
+    Batch {
+        /// The quantity.
+        what: &'static str,
+        /// Given.
+        got: usize,
+        /// What would be accepted.
+        allowed: String,
+    },
+    /// The model computed a NaN or an infinity.
+    #[error(
+        "the logits after {position} tokens are not finite: \
+         the weights hold NaN or overflow (nothing was sampled)"
+    )]
+    NonFinite {
+        /// Tokens of context when it was seen.
+        position: usize,
+    },
+    /// An option has a value that makes no sense.
+    #[error("option `{option}` is {value}, but {allowed}")]
+    Option {
+        /// Its name.
+        option: &'static str,
+        /// Its value.
+        value: String,
+        /// What would be accepted.
+        allowed: &'static str,
+    },
+    /// An earlier step failed half-way, so the state is no longer that of any token sequence.
+    #[error("an earlier step of this session failed half-way: reset it before going on")]
+    Poisoned,
+    /// The backend does not do this.
+    #[error("the {backend} backend does not support {what}")]
+    Unsupported {
+        /// Name of the backend.
+        backend: &'static str,
+        /// What was asked of it.
+        what: String,
+    },
+    /// The device refused.
+    #[error("{backend}: {source}")]
+    Device {
+        /// Name of the backend.
+        backend: &'static str,
+        /// What it said.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+impl Error {
+    /// An [`Error::Io`] about `path`.
+    pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| Self::Io { path: path.to_owned(), source }
+    }
+}
+
+/// Refuses the first of these options that is zero.
+pub(crate) fn at_least_one(options: &[(&'static str, usize)]) -> Result<()> {
+    match options.iter().find(|(_, value)| *value == 0) {
+        None => Ok(()),
+        Some(&(option, value)) => {
+            let allowed = "it must be at least 1";
+            Err(Error::Option { option, value: value.to_string(), allowed })
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! One sequence on one backend: tokens in, logits out.
+
+use crate::backend::{Limits, StatePart};
+use crate::batch::{Batch, Outputs};
+use crate::config::Config;
+use crate::error::{Error, Result, at_least_one};
+use crate::model::Runner;
+use crate::trace::{Detail, Listener};
+
+/// What a [`Session`] is made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SessionOptions {
+    /// Tokens that the sequence may have at most; the KV cache is allocated for them.
+    pub context: usize,
+    /// Tokens of a prompt that are run in one step. More are faster and take more scratch.
+    pub chunk: usize,
+    /// Rows of logits that a step may return: 1 to generate, up to `chunk` to score.
+    pub outputs: usize,
+}
+
+impl Default for SessionOptions {
+    fn default() -> Self {
+        Self { context: 4096, chunk: 512, outputs: 1 }
+    }
+}
+
+impl SessionOptions {
+    /// The limits of a runner for such a session.
+    ///
+    /// # Errors
+    /// [`Error::Option`] where one is zero.
+    pub fn limits(&self) -> Result<Limits> {
+        at_least_one(&[
+            ("context", self.context),
+            ("chunk", self.chunk),
+            ("outputs", self.outputs),
+        ])?;
+        let tokens = self.chunk.min(self.context);
+        Ok(Limits { slots: 1, context: self.context, tokens, outputs: self.outputs.min(tokens) })
+    }
+}
+
+/// One sequence: the tokens given so far, as convolution and SSM states and a KV cache.
+///
+/// Weights, scratch and state cannot be mixed up: a session owns them together.
+pub struct Session {
+    runner: Box<dyn Runner>,
+    batch: Batch,
+    position: usize,
+    /// Logits of the last step, row-major.
+    logits: Vec<f32>,
+    /// Whether the state is that of `position` tokens.
+    sound: bool,
+}
+
+impl Session {
+    pub(crate) fn new(runner: Box<dyn Runner>) -> Self {
+        Self { runner, batch: Batch::new(), position: 0, logits: Vec::new(), sound: true }
+    }
+
+    /// The configuration of the model.
+    pub fn config(&self) -> &Config {
+        self.runner.config()
+    }
+
+    /// Tokens given so far.
+    pub fn position(&self) -> usize {
+        self.position
+    }
+
+    /// Tokens that fit.
+    pub fn context(&self) -> usize {
+        self.runner.limits().context
+    }
+
+    /// Tokens that one step runs at most.
+    pub fn chunk(&self) -> usize {
+        self.runner.limits().tokens
+    }
+
+    /// Forgets all tokens.
+    ///
+    /// # Errors
+    /// What the backend reports.
+    pub fn reset(&mut self) -> Result<()> {
+        self.runner.reset(0)?;
+        self.position = 0;
+        self.sound = true;
+        Ok(())
+    }
+
+    /// Appends tokens, in chunks, and returns the logits after the last: `vocab_size` values.
+    ///
+    /// # Errors
+    /// [`Error::EmptyPrompt`] for no tokens, [`Error::Token`], [`Error::Context`]: the session is
+    /// as before. [`Error::NonFinite`]: the logits are not numbers. What the backend reports:
+    /// the session must be [`reset`](Self::reset).
+    pub fn append(&mut self, tokens: &[u32]) -> Result<&[f32]> {
+        self.check(tokens)?;
+        let chunk = self.chunk();
+        let last = tokens.len().saturating_sub(1) / chunk;
+        for (i, part) in tokens.chunks(chunk).enumerate() {
+            self.step(part, if i == last { Outputs::Last } else { Outputs::None }, None)?;
+        }
+        self.finite()?;
+        Ok(&self.logits)
+    }
+
+    /// Appends tokens and calls `f` with the logits after each: its index in `tokens`, and
+    /// `vocab_size` values. Runs [`SessionOptions::outputs`] tokens in a step.
+    ///
+    /// # Errors
+    /// As [`append`](Self::append).
+    pub fn append_each(&mut self, tokens: &[u32], mut f: impl FnMut(usize, &[f32])) -> Result<()> {
+        self.check(tokens)?;
+        let vocab_size = self.config().vocab_size;
+        let chunk = self.runner.limits().outputs;
+        for (i, part) in tokens.chunks(chunk).enumerate() {
+            self.step(part, Outputs::All, None)?;
+            self.finite()?;
+            let rows = self.logits.chunks_exact(vocab_size).enumerate();
+            rows.for_each(|(row, logits)| f(i * chunk + row, logits));
+        }
+        Ok(())
+    }
+
+    /// Appends at most [`chunk`](Self::chunk) tokens in one step and tells `listener` every
+    /// activation, with as many rows of logits as `outputs` asks for.
+    ///
+    /// # Errors
+    /// As [`append`](Self::append), and [`Error::Batch`] for more tokens or outputs than fit.
+    pub fn append_traced(
+        &mut self,
+        tokens: &[u32],
+        outputs: Outputs,
+        detail: Detail,
+        listener: &mut Listener<'_>,
+    ) -> Result<()> {
+        self.check(tokens)?;
+        self.step(tokens, outputs, Some((detail, listener)))
+    }
+
+    /// A part of the state of a layer, in the layout that [`StatePart`] states.
+    ///
+    /// # Errors
+    /// What the backend reports, for a layer without that part for example.
+    pub fn read_state(&self, layer: usize, part: StatePart) -> Result<Vec<f32>> {
+        self.runner.read_state(layer, part, 0, self.position)
+    }
+
+    /// All of `tokens` can be appended; told before any of them is.
+    fn check(&self, tokens: &[u32]) -> Result<()> {
+        if !self.sound {
+            return Err(Error::Poisoned);
+        }
+        if tokens.is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
+        let vocab_size = self.config().vocab_size;
+        if let Some(index) = tokens.iter().position(|&id| id as usize >= vocab_size) {
+            return Err(Error::Token { id: tokens[index], index, vocab_size });
+        }
+        let (needed, allocated) = (self.position.saturating_add(tokens.len()), self.context());
+        if needed > allocated {
+            return Err(Error::Context { needed, allocated });
+        }
+        Ok(())
+    }
+
+    fn step(
+        &mut self,
+        tokens: &[u32],
+        outputs: Outputs,
+        trace: Option<(Detail, &mut Listener<'_>)>,
+    ) -> Result<()> {
+        self.batch.clear();
+        self.batch.push(0, self.position, tokens, outputs);
+        self.batch.check(self.runner.config(), &self.runner.limits())?;
+        self.sound = false;
+        match trace {
+            None => self.runner.step(&self.batch)?,
+            Some((detail, listener)) => self.runner.step_traced(&self.batch, detail, listener)?,
+        }
+        self.logits = self.runner.logits()?;
+        self.position += tokens.len();
+        self.sound = true;
+        Ok(())
+    }
+
+    fn finite(&self) -> Result<()> {
+        if self.logits.iter().all(|v| v.is_finite()) {
+            Ok(())
+        } else {
+            Err(Error::NonFinite { position: self.position })
+        }
+    }
+}

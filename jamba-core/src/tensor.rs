@@ -1,0 +1,183 @@
+//! Parameters on the host: typed bytes, mapped from a file or owned.
+
+use std::borrow::Cow;
+use std::ops::Range;
+use std::sync::Arc;
+
+use half::{bf16, f16};
+
+/// Element type of a stored parameter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Dtype {
+    /// IEEE binary32.
+    F32,
+    /// IEEE binary16.
+    F16,
+    /// bfloat16, the upper half of binary32.
+    Bf16,
+}
+
+impl Dtype {
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+}
+
+impl std::fmt::Display for Dtype {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+        })
+    }
+}
+
+/// Whatever keeps parameter bytes alive: a mapped file, a vector.
+pub(crate) type Owner = Arc<dyn AsRef<[u8]> + Send + Sync>;
+
+/// Row-major elements of one stored tensor. A clone shares the bytes.
+#[derive(Clone)]
+pub struct HostTensor {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    owner: Owner,
+    bytes: Range<usize>,
+}
+
+impl HostTensor {
+    /// A view of `bytes` within `owner`. The caller has checked that they are there and as many
+    /// as the shape needs.
+    pub(crate) fn view(dtype: Dtype, shape: Vec<usize>, owner: Owner, bytes: Range<usize>) -> Self {
+        debug_assert_eq!(shape.iter().product::<usize>() * dtype.size(), bytes.len());
+        Self { dtype, shape, owner, bytes }
+    }
+
+    /// Takes f32 values, row-major.
+    ///
+    /// # Panics
+    /// If the shape does not have as many elements.
+    pub fn from_f32(shape: Vec<usize>, values: Vec<f32>) -> Self {
+        struct Owned(Vec<f32>);
+        impl AsRef<[u8]> for Owned {
+            fn as_ref(&self) -> &[u8] {
+                bytemuck::cast_slice(&self.0)
+            }
+        }
+        assert_eq!(shape.iter().product::<usize>(), values.len(), "shape {shape:?}");
+        let bytes = 0..4 * values.len();
+        Self { dtype: Dtype::F32, shape, owner: Arc::new(Owned(values)), bytes }
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Row-major shape.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// The elements as they are stored, little-endian.
+    pub fn bytes(&self) -> &[u8] {
+        &(*self.owner).as_ref()[self.bytes.clone()]
+    }
+
+    /// The elements as f32: borrowed where they are stored so, converted otherwise.
+    pub fn to_f32(&self) -> Cow<'_, [f32]> {
+        let bytes = self.bytes();
+        match self.dtype {
+            Dtype::F32 => match bytemuck::try_cast_slice(bytes) {
+                Ok(values) => Cow::Borrowed(values),
+                Err(_) => bytes
+                    .chunks_exact(4)
+                    .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+                    .collect(),
+            },
+            Dtype::F16 => halves(bytes, |bits| f16::from_bits(bits).to_f32()),
+            Dtype::Bf16 => halves(bytes, |bits| bf16::from_bits(bits).to_f32()),
+        }
+    }
+}
+
+fn halves(bytes: &[u8], widen: impl Fn(u16) -> f32) -> Cow<'static, [f32]> {
+    bytes.chunks_exact(2).map(|b| widen(u16::from_le_bytes([b[0], b[1]]))).collect()
+}
+
+impl std::fmt::Debug for HostTensor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "HostTensor({} {:?})", self.dtype, self.shape)
+    }
+}
+
+/// What a parameter is for, hence what a backend may do with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// The token embedding table; also the output head where they are tied.
+    Embedding,
+    /// The output head.
+    Head,
+    /// A matrix of [`Backend::linear`](crate::Backend::linear).
+    Linear,
+    /// The router's matrix.
+    Router,
+    /// Matrices of the experts, stacked.
+    Experts,
+    /// A matrix of a dense MLP.
+    Mlp,
+    /// A vector: norm weights, biases, D. Small, and f32 in every backend.
+    Vector,
+    /// Taps of the convolution, `(d_inner, d_conv)`. Small, and f32 in every backend.
+    Conv,
+    /// `-exp(A_log)`, `(d_inner, d_state)`. Small, and f32 in every backend.
+    A,
+}
+
+/// One parameter on its way to a backend: some stored tensors laid one below the other.
+///
+/// Stacking is left to the backend, so that one that can work on several pieces (`q_proj`,
+/// `k_proj` and `v_proj`, or the experts one by one) need not copy them.
+#[derive(Clone, Debug)]
+pub struct Param {
+    /// Name for error messages, in the checkpoint's terms.
+    pub name: String,
+    /// What it is for.
+    pub role: Role,
+    /// Row-major shape of the whole.
+    pub shape: Vec<usize>,
+    /// The pieces, in order; each has the last dimension of `shape`, and their elements together
+    /// are the elements of `shape`.
+    pub parts: Vec<HostTensor>,
+}
+
+impl Param {
+    /// A parameter of one piece.
+    pub fn new(name: impl Into<String>, role: Role, tensor: HostTensor) -> Self {
+        Self { name: name.into(), role, shape: tensor.shape().to_vec(), parts: vec![tensor] }
+    }
+
+    /// All elements as f32.
+    pub fn to_f32(&self) -> Vec<f32> {
+        match self.parts.as_slice() {
+            [one] => one.to_f32().into_owned(),
+            parts => {
+                let mut all = Vec::with_capacity(self.shape.iter().product());
+                parts.iter().for_each(|part| all.extend_from_slice(&part.to_f32()));
+                all
+            }
+        }
+    }
+
+    /// The shape as a matrix: all dimensions but the last are rows; a vector is one row.
+    pub fn matrix_shape(&self) -> [usize; 2] {
+        match self.shape.split_last() {
+            Some((&cols, rows)) => [rows.iter().product(), cols],
+            None => [1, 1],
+        }
+    }
+}
