@@ -1,0 +1,3 @@
+//! CPU backends.
+pub mod reference;
+pub use reference::ReferenceBackend;

@@ -1,0 +1,273 @@
+//! The reference: one obvious loop per equation, in f64, written to be read beside the paper.
+//!
+//! Every operator computes from its f32 operands in f64 and rounds its result to f32 once; the
+//! states are rounded to f32 after every token. Cutting a prompt into chunks, or sharing a batch
+//! with other sequences, therefore does not change a single bit.
+
+mod attention;
+mod conv1d;
+mod linear;
+mod moe;
+mod norm;
+mod scan;
+mod state;
+
+use std::ops::Range;
+
+use jamba_core::backend::{Backend, CausalConv1d, Cols, Limits, SelectiveScan, StatePart};
+use jamba_core::shape::{self, Shaped};
+use jamba_core::weights::Moe;
+use jamba_core::{Batch, Config, Error, Param, Result};
+use ndarray::{Array2, ArrayView1, ArrayView2, s};
+
+pub use state::ReferenceState;
+
+/// The readable backend, and the one that others are held to.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ReferenceBackend;
+
+/// Row-major f32 values with a maximum of rows.
+#[derive(Clone, Debug)]
+pub struct Matrix {
+    values: Array2<f32>,
+    capacity: usize,
+}
+
+impl Matrix {
+    fn cols(&self, cols: Range<usize>) -> ArrayView2<'_, f32> {
+        self.values.slice(s![.., cols])
+    }
+
+    /// Replaces the rows in use.
+    fn set(&mut self, values: Array2<f32>) -> Result<()> {
+        let (got, expected) = (values.dim().into(), [self.capacity, self.values.ncols()]);
+        if values.nrows() > self.capacity || values.ncols() != self.values.ncols() {
+            return Err(Error::Shape { op: "set", what: "rows in use", expected, got });
+        }
+        self.values = values;
+        Ok(())
+    }
+}
+
+impl Shaped for Matrix {
+    fn shape(&self) -> [usize; 2] {
+        self.values.dim().into()
+    }
+}
+
+/// A parameter as f32; all dimensions but the last are rows, a vector is one row.
+#[derive(Clone, Debug)]
+pub struct Parameter(Array2<f32>);
+
+impl Parameter {
+    fn vector(&self) -> ArrayView1<'_, f32> {
+        self.0.row(0)
+    }
+}
+
+impl Shaped for Parameter {
+    fn shape(&self) -> [usize; 2] {
+        self.0.dim().into()
+    }
+}
+
+fn view<'a>(x: &Cols<'a, Matrix>) -> ArrayView2<'a, f32> {
+    x.tensor.cols(x.cols.clone())
+}
+
+impl Backend for ReferenceBackend {
+    type Tensor = Matrix;
+    type Weight = Parameter;
+    type State = ReferenceState;
+
+    fn name(&self) -> &'static str {
+        "reference"
+    }
+
+    fn upload(&self, param: Param) -> Result<Parameter> {
+        let [rows, cols] = param.matrix_shape();
+        let got = [param.parts.iter().map(|p| p.shape().iter().product::<usize>()).sum(), 1];
+        Array2::from_shape_vec((rows, cols), param.to_f32())
+            .map(Parameter)
+            .map_err(|_| Error::Shape { op: "upload", what: "parts", expected: [rows, cols], got })
+    }
+
+    fn alloc(&self, rows: usize, cols: usize) -> Result<Matrix> {
+        Ok(Matrix { values: Array2::zeros((0, cols)), capacity: rows })
+    }
+
+    fn write(&self, dst: &mut Matrix, src: &[f32]) -> Result<()> {
+        let cols = dst.values.ncols();
+        let rows = shape::write(src.len(), cols, dst.capacity)?;
+        dst.set(Array2::from_shape_fn((rows, cols), |(r, c)| src[r * cols + c]))
+    }
+
+    fn read(&self, src: Cols<'_, Matrix>) -> Result<Vec<f32>> {
+        Ok(view(&src).iter().copied().collect())
+    }
+
+    fn shape(&self, tensor: &Matrix) -> [usize; 2] {
+        Shaped::shape(tensor)
+    }
+
+    fn new_state(&self, config: &Config, limits: &Limits) -> Result<ReferenceState> {
+        Ok(ReferenceState::new(config, limits))
+    }
+
+    fn reset_slot(&self, state: &mut ReferenceState, slot: usize) -> Result<()> {
+        state.reset(slot)
+    }
+
+    fn read_state(
+        &self,
+        state: &ReferenceState,
+        layer: usize,
+        part: StatePart,
+        slot: usize,
+        positions: usize,
+    ) -> Result<Vec<f32>> {
+        state.read(layer, part, slot, positions)
+    }
+
+    fn write_state(
+        &self,
+        state: &mut ReferenceState,
+        layer: usize,
+        part: StatePart,
+        slot: usize,
+        positions: usize,
+        values: &[f32],
+    ) -> Result<()> {
+        state.write(layer, part, slot, positions, values)
+    }
+
+    fn stage(&self, state: &mut ReferenceState, batch: &Batch) -> Result<()> {
+        state.batch = batch.clone();
+        Ok(())
+    }
+
+    fn embed(&self, table: &Parameter, state: &ReferenceState, out: &mut Matrix) -> Result<()> {
+        shape::embed(table, out)?;
+        let tokens = state.batch.tokens();
+        out.set(Array2::from_shape_fn((tokens.len(), table.0.ncols()), |(t, i)| {
+            table.0[[tokens[t] as usize, i]]
+        }))
+    }
+
+    fn linear(
+        &self,
+        x: Cols<'_, Matrix>,
+        weight: &Parameter,
+        bias: Option<&Parameter>,
+        out: &mut Matrix,
+    ) -> Result<()> {
+        shape::linear(&x, weight, bias, out)?;
+        out.set(linear::linear(view(&x), weight.0.view(), bias.map(Parameter::vector)))
+    }
+
+    fn rms_norm(&self, x: &Matrix, weight: &Parameter, eps: f32, out: &mut Matrix) -> Result<()> {
+        shape::rms_norm(x, weight, out)?;
+        out.set(norm::rms_norm(x.values.view(), weight.vector(), eps))
+    }
+
+    fn rms_norm_cols(
+        &self,
+        x: &mut Matrix,
+        cols: Range<usize>,
+        weight: &Parameter,
+        eps: f32,
+    ) -> Result<()> {
+        shape::rms_norm_cols(x, &cols, weight)?;
+        let normed = norm::rms_norm(x.cols(cols.clone()), weight.vector(), eps);
+        x.values.slice_mut(s![.., cols]).assign(&normed);
+        Ok(())
+    }
+
+    fn add_assign(&self, x: &mut Matrix, y: &Matrix) -> Result<()> {
+        shape::add_assign(x, y)?;
+        x.values += &y.values;
+        Ok(())
+    }
+
+    fn silu_mul(&self, gate_up: &Matrix, out: &mut Matrix) -> Result<()> {
+        shape::silu_mul(gate_up, out)?;
+        out.set(linear::silu_mul(gate_up.values.view()))
+    }
+
+    fn causal_conv1d(
+        &self,
+        args: CausalConv1d<'_, Matrix, Parameter>,
+        layer: usize,
+        state: &mut ReferenceState,
+        out: &mut Matrix,
+    ) -> Result<()> {
+        let (batch, conv) = state.conv(layer)?;
+        let (_, d_inner, context) = conv.dim();
+        shape::causal_conv1d(&args, batch.tokens().len(), [d_inner, context + 1], out)?;
+        let bias = args.bias.map(Parameter::vector);
+        out.set(conv1d::causal_conv1d(view(&args.x), args.weight.0.view(), bias, batch, conv))
+    }
+
+    fn selective_scan(
+        &self,
+        args: SelectiveScan<'_, Matrix, Parameter>,
+        layer: usize,
+        state: &mut ReferenceState,
+        y: &mut Matrix,
+    ) -> Result<()> {
+        let (batch, ssm) = state.ssm(layer)?;
+        let (_, d_inner, d_state) = ssm.dim();
+        shape::selective_scan(&args, batch.tokens().len(), [d_inner, d_state], y)?;
+        let operands = scan::Operands {
+            x: view(&args.x),
+            dt: view(&args.dt),
+            a: args.a.0.view(),
+            b: view(&args.b),
+            c: view(&args.c),
+            d: args.d.vector(),
+            z: view(&args.z),
+            dt_bias: args.dt_bias.vector(),
+        };
+        y.set(scan::selective_scan(&operands, batch, ssm))
+    }
+
+    fn attention(
+        &self,
+        qkv: &Matrix,
+        layer: usize,
+        state: &mut ReferenceState,
+        out: &mut Matrix,
+    ) -> Result<()> {
+        let (batch, cache) = state.cache(layer)?;
+        let [heads, kv_heads, head_dim] = cache.heads;
+        let (q, kv) = (heads * head_dim, kv_heads * head_dim);
+        shape::attention(qkv, batch.tokens().len(), q, kv, out)?;
+        out.set(attention::attention(qkv.values.view(), batch, cache))
+    }
+
+    fn moe_experts(
+        &self,
+        x: &Matrix,
+        router_logits: &Matrix,
+        weights: &Moe<Parameter>,
+        top_k: usize,
+        out: &mut Matrix,
+    ) -> Result<()> {
+        shape::moe_experts(x, router_logits, weights, top_k, out)?;
+        out.set(moe::moe_experts(
+            x.values.view(),
+            router_logits.values.view(),
+            weights.gate_up_proj.0.view(),
+            weights.down_proj.0.view(),
+            top_k,
+        ))
+    }
+
+    fn output_rows(&self, x: &Matrix, state: &ReferenceState, out: &mut Matrix) -> Result<()> {
+        shape::output_rows(x, state.batch.tokens().len(), out)?;
+        let rows = state.batch.outputs();
+        out.set(Array2::from_shape_fn((rows.len(), x.values.ncols()), |(r, c)| {
+            x.values[[rows[r], c]]
+        }))
+    }
+}
