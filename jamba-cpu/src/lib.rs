@@ -1,3 +1,25 @@
-//! CPU backends.
+//! CPU backends for [`jamba_core`].
+//!
+//! - [`ReferenceBackend`]: one obvious loop per equation in f64, to be read beside the paper and
+//!   to hold other backends to.
+//! - [`CpuBackend`]: rayon and SIMD, weights in their stored dtype. The one to use.
+
+mod attention;
+mod backend;
+mod conv1d;
+mod elementwise;
+mod linear;
+mod moe;
+mod norm;
 pub mod reference;
+mod scan;
+mod simd;
+mod state;
+mod tensor;
+mod weight;
+
+pub use backend::CpuBackend;
 pub use reference::ReferenceBackend;
+pub use state::State;
+pub use tensor::Tensor;
+pub use weight::Weight;

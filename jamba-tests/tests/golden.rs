@@ -4,7 +4,7 @@ use jamba_core::backend::Backend;
 use jamba_core::recording::Recording;
 use jamba_core::trace::Detail;
 use jamba_core::{LanguageModel, Model, SessionOptions};
-use jamba_cpu::ReferenceBackend;
+use jamba_cpu::{CpuBackend, ReferenceBackend};
 use jamba_tests::compare::differences;
 use jamba_tests::golden::Golden;
 use jamba_tests::tolerance::GOLDEN;
@@ -32,7 +32,10 @@ fn check<B: Backend + Send + Sync + 'static>(name: &str, backend: B) {
         .unwrap();
         let differences = differences(&recording, &golden.expected);
         let worst = differences.iter().max_by(|a, b| a.element.total_cmp(&b.element)).unwrap();
-        println!("{backend_name} {name} chunk {chunk}: {} tensors, worst {worst}", differences.len());
+        println!(
+            "{backend_name} {name} chunk {chunk}: {} tensors, worst {worst}",
+            differences.len()
+        );
         for bad in differences.iter().filter(|d| !d.within(&GOLDEN)) {
             failures += &format!("chunk {chunk}: {bad}\n");
         }
@@ -45,6 +48,10 @@ macro_rules! golden {
         mod reference {
             use super::*;
             $(#[test] fn $test() { check($name, ReferenceBackend); })*
+        }
+        mod cpu {
+            use super::*;
+            $(#[test] fn $test() { CpuBackend::all().into_iter().for_each(|b| check($name, b)); })*
         }
     };
 }

@@ -32,7 +32,11 @@ pub(super) struct Operands<'a> {
 /// h[n] = exp(dt A[i, n]) h[n] + dt B[t, n] x[t, i]
 /// y    = (sum_n C[t, n] h[n] + D[i] x[t, i]) silu(z[t, i])
 /// ```
-pub(super) fn selective_scan(o: &Operands<'_>, batch: &Batch, state: &mut Array3<f32>) -> Array2<f32> {
+pub(super) fn selective_scan(
+    o: &Operands<'_>,
+    batch: &Batch,
+    state: &mut Array3<f32>,
+) -> Array2<f32> {
     let (d_inner, d_state) = o.a.dim();
     let mut y = Array2::zeros(o.x.dim());
     let mut t = 0;

@@ -1,0 +1,290 @@
+//! [`CpuBackend`]: the operators on the instruction set of the machine.
+
+use std::ops::Range;
+
+use jamba_core::backend::{Backend, CausalConv1d, Cols, Limits, Scratch, SelectiveScan, StatePart};
+use jamba_core::shape::{self, Shaped};
+use jamba_core::weights::{Moe, Weights};
+use jamba_core::{Batch, Config, Error, Param, Result, compose};
+
+use crate::simd::Isa;
+use crate::state::State;
+use crate::tensor::{Tensor, View};
+use crate::weight::Weight;
+use crate::{attention, conv1d, elementwise, linear, moe, norm, scan};
+
+/// The fast CPU path: rayon and SIMD, weights in their stored dtype, mapped where they are.
+///
+/// Work is spread over the rayon pool of the calling thread, the global one if it has none. A
+/// result does not depend on the number of threads, on how a prompt is cut into chunks, or on
+/// what else is in the batch: not by one bit.
+#[derive(Clone, Copy)]
+pub struct CpuBackend {
+    isa: Isa,
+}
+
+impl CpuBackend {
+    /// A backend on the best instruction set that this machine has.
+    pub fn new() -> Self {
+        Self { isa: Isa::detect() }
+    }
+
+    /// One backend for each instruction set that this machine has, best first.
+    pub fn all() -> Vec<Self> {
+        Isa::available().into_iter().map(|isa| Self { isa }).collect()
+    }
+
+    /// The instruction set: `avx512`, `avx2` or `portable`.
+    pub fn isa(&self) -> &'static str {
+        self.isa.name()
+    }
+}
+
+impl Default for CpuBackend {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl std::fmt::Debug for CpuBackend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "CpuBackend({})", self.isa())
+    }
+}
+
+impl Backend for CpuBackend {
+    type Tensor = Tensor;
+    type Weight = Weight;
+    type State = State;
+
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn upload(&self, param: Param) -> Result<Weight> {
+        Weight::new(param)
+    }
+
+    fn alloc(&self, rows: usize, cols: usize) -> Result<Tensor> {
+        Ok(Tensor::new(rows, cols))
+    }
+
+    fn write(&self, dst: &mut Tensor, src: &[f32]) -> Result<()> {
+        let rows = shape::write(src.len(), dst.shape()[1], dst.capacity())?;
+        dst.resize("write", rows)?.copy_from_slice(src);
+        Ok(())
+    }
+
+    fn read(&self, src: Cols<'_, Tensor>) -> Result<Vec<f32>> {
+        let view = View::from(&src);
+        Ok((0..view.rows).flat_map(|r| view.row(r)).copied().collect())
+    }
+
+    fn shape(&self, tensor: &Tensor) -> [usize; 2] {
+        tensor.shape()
+    }
+
+    fn new_state(&self, config: &Config, limits: &Limits) -> Result<State> {
+        Ok(State::new(config, limits))
+    }
+
+    fn reset_slot(&self, state: &mut State, slot: usize) -> Result<()> {
+        state.reset(slot)
+    }
+
+    fn read_state(
+        &self,
+        state: &State,
+        layer: usize,
+        part: StatePart,
+        slot: usize,
+        positions: usize,
+    ) -> Result<Vec<f32>> {
+        state.read(layer, part, slot, positions)
+    }
+
+    fn write_state(
+        &self,
+        state: &mut State,
+        layer: usize,
+        part: StatePart,
+        slot: usize,
+        positions: usize,
+        values: &[f32],
+    ) -> Result<()> {
+        state.write(layer, part, slot, positions, values)
+    }
+
+    fn stage(&self, state: &mut State, batch: &Batch) -> Result<()> {
+        state.batch.clone_from(batch);
+        Ok(())
+    }
+
+    fn embed(&self, table: &Weight, state: &State, out: &mut Tensor) -> Result<()> {
+        shape::embed(table, out)?;
+        let [vocab_size, cols] = table.shape();
+        let tokens = state.batch.tokens();
+        let rows = out.resize("embed", tokens.len())?.chunks_exact_mut(cols);
+        for (index, (row, &id)) in rows.zip(tokens).enumerate() {
+            if id as usize >= vocab_size {
+                return Err(Error::Token { id, index, vocab_size });
+            }
+            table.pieces(id as usize, 1, |_, values| values.widen(row))?;
+        }
+        Ok(())
+    }
+
+    fn linear(
+        &self,
+        x: Cols<'_, Tensor>,
+        weight: &Weight,
+        bias: Option<&Weight>,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        shape::linear(&x, weight, bias, out)?;
+        let bias = bias.map(Weight::vector).transpose()?;
+        let x = View::from(&x);
+        let out = out.resize("linear", x.rows)?;
+        linear::linear(self.isa, x, weight, (0, weight.shape()[0]), bias, out)
+    }
+
+    fn rms_norm(&self, x: &Tensor, weight: &Weight, eps: f32, out: &mut Tensor) -> Result<()> {
+        shape::rms_norm(x, weight, out)?;
+        let [rows, cols] = x.shape();
+        let weight = weight.vector()?;
+        let out = out.resize("rms_norm", rows)?.chunks_exact_mut(cols);
+        for (x, out) in x.values().chunks_exact(cols).zip(out) {
+            norm::rms_norm(self.isa, x, weight, eps, out);
+        }
+        Ok(())
+    }
+
+    fn rms_norm_cols(
+        &self,
+        x: &mut Tensor,
+        cols: Range<usize>,
+        weight: &Weight,
+        eps: f32,
+    ) -> Result<()> {
+        shape::rms_norm_cols(x, &cols, weight)?;
+        let stride = x.shape()[1];
+        let weight = weight.vector()?;
+        for row in x.values_mut().chunks_exact_mut(stride) {
+            norm::rms_norm_in_place(self.isa, &mut row[cols.clone()], weight, eps);
+        }
+        Ok(())
+    }
+
+    fn add_assign(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {
+        shape::add_assign(x, y)?;
+        elementwise::add_assign(x.values_mut(), y.values());
+        Ok(())
+    }
+
+    fn silu_mul(&self, gate_up: &Tensor, out: &mut Tensor) -> Result<()> {
+        shape::silu_mul(gate_up, out)?;
+        let n = out.shape()[1];
+        let out = out.resize("silu_mul", gate_up.shape()[0])?;
+        elementwise::silu_mul(self.isa, gate_up.values(), n, out);
+        Ok(())
+    }
+
+    fn causal_conv1d(
+        &self,
+        args: CausalConv1d<'_, Tensor, Weight>,
+        layer: usize,
+        state: &mut State,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let (batch, conv) = state.conv(layer)?;
+        let tokens = batch.tokens().len();
+        shape::causal_conv1d(&args, tokens, [conv.channels, conv.per_channel + 1], out)?;
+        let operands = conv1d::Operands {
+            x: View::from(&args.x),
+            weight: args.weight.transposed()?,
+            bias: args.bias.map(Weight::vector).transpose()?,
+        };
+        let out = out.resize("causal_conv1d", tokens)?;
+        conv1d::causal_conv1d(self.isa, &operands, batch, &mut conv.values, out);
+        Ok(())
+    }
+
+    fn selective_scan(
+        &self,
+        args: SelectiveScan<'_, Tensor, Weight>,
+        layer: usize,
+        state: &mut State,
+        y: &mut Tensor,
+    ) -> Result<()> {
+        let (batch, ssm) = state.ssm(layer)?;
+        let tokens = batch.tokens().len();
+        shape::selective_scan(&args, tokens, [ssm.channels, ssm.per_channel], y)?;
+        let operands = scan::Operands {
+            x: View::from(&args.x),
+            dt: View::from(&args.dt),
+            a: args.a.transposed()?,
+            b: View::from(&args.b),
+            c: View::from(&args.c),
+            d: args.d.vector()?,
+            z: View::from(&args.z),
+            dt_bias: args.dt_bias.vector()?,
+        };
+        let y = y.resize("selective_scan", tokens)?;
+        scan::selective_scan(self.isa, &operands, batch, &mut ssm.values, y);
+        Ok(())
+    }
+
+    fn attention(
+        &self,
+        qkv: &Tensor,
+        layer: usize,
+        state: &mut State,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let (batch, cache) = state.cache(layer)?;
+        let tokens = batch.tokens().len();
+        let [heads, kv_heads, head_dim] = cache.heads;
+        shape::attention(qkv, tokens, heads * head_dim, kv_heads * head_dim, out)?;
+        let out = out.resize("attention", tokens)?;
+        let qkv = View::new(qkv.values(), qkv.shape()[1]);
+        attention::attention(self.isa, qkv, batch, cache, out);
+        Ok(())
+    }
+
+    fn moe_experts(
+        &self,
+        x: &Tensor,
+        router_logits: &Tensor,
+        weights: &Moe<Weight>,
+        top_k: usize,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let inter = shape::moe_experts(x, router_logits, weights, top_k, out)?;
+        let out = out.resize("moe_experts", x.shape()[0])?;
+        let x = View::new(x.values(), x.shape()[1]);
+        let logits = View::new(router_logits.values(), router_logits.shape()[1]);
+        moe::moe_experts(self.isa, x, logits, weights, (top_k, inter), out)
+    }
+
+    fn output_rows(&self, x: &Tensor, state: &State, out: &mut Tensor) -> Result<()> {
+        shape::output_rows(x, state.batch.tokens().len(), out)?;
+        let cols = x.shape()[1];
+        let rows = state.batch.outputs();
+        let out = out.resize("output_rows", rows.len())?.chunks_exact_mut(cols);
+        for (out, row) in out.zip(rows) {
+            out.copy_from_slice(&x.values()[row * cols..(row + 1) * cols]);
+        }
+        Ok(())
+    }
+
+    fn forward(
+        &self,
+        config: &Config,
+        weights: &Weights<Weight>,
+        scratch: &mut Scratch<Tensor>,
+        state: &mut State,
+    ) -> Result<()> {
+        // One entry into the pool for the step, instead of one for each operator.
+        rayon::scope(|_| compose::forward(self, config, weights, scratch, state))
+    }
+}

@@ -1,0 +1,84 @@
+//! The causal depthwise convolution, vectors across channels.
+
+use jamba_core::Batch;
+
+use crate::simd::columns::{Block, Columns, for_each};
+use crate::simd::{Isa, Simd, silu, with_simd};
+use crate::tensor::View;
+use crate::weight::PAD;
+
+/// Channels that one task works on.
+const BLOCK: usize = 256;
+/// Multiply-adds below which threads are not worth waking.
+const PARALLEL: usize = 1 << 17;
+
+/// Operands: x `(tokens, d_inner)`, weight `(d_conv, padded d_inner)`, bias `(d_inner)`.
+pub(crate) struct Operands<'a> {
+    pub(crate) x: View<'a>,
+    pub(crate) weight: &'a [f32],
+    pub(crate) bias: Option<&'a [f32]>,
+}
+
+/// `out = silu(bias + sum_j weight[j] x[t - d_conv + 1 + j])` per channel, where inputs before
+/// the first come from `state`: per slot `(d_conv - 1, padded d_inner)`, oldest first, which then
+/// holds the latest.
+pub(crate) fn causal_conv1d(
+    isa: Isa,
+    operands: &Operands<'_>,
+    batch: &Batch,
+    state: &mut [f32],
+    out: &mut [f32],
+) {
+    let d_inner = operands.x.cols;
+    let stride = d_inner.next_multiple_of(PAD);
+    let parallel = operands.x.rows * operands.weight.len() >= PARALLEL;
+    let out = Columns::new(out, d_inner, d_inner, BLOCK);
+    let state = Columns::new(state, stride, d_inner, BLOCK);
+    for_each([out, state], parallel, |[mut out, mut state]| {
+        with_simd!(isa, s => block(s, operands, batch, &mut state, &mut out));
+    });
+}
+
+#[inline(always)]
+fn block<S: Simd>(
+    s: S,
+    o: &Operands<'_>,
+    batch: &Batch,
+    state: &mut Block<'_>,
+    out: &mut Block<'_>,
+) {
+    let cols = out.cols();
+    let stride = o.x.cols.next_multiple_of(PAD);
+    let context = o.weight.len() / stride - 1;
+    for c in (0..cols.len()).step_by(S::LANES) {
+        let width = S::LANES.min(cols.len() - c);
+        let load = |row: &[f32]| {
+            if width == S::LANES { s.load(&row[c..]) } else { s.load_partial(&row[c..c + width]) }
+        };
+        let bias = o.bias.map_or(s.splat(0.0), |b| load(&b[cols.clone()]));
+        let mut first = 0;
+        for run in batch.runs() {
+            let slot = run.slot * context;
+            // Input number i of the run; the state has those of number -context to -1.
+            let input = |state: &mut Block<'_>, i: usize| match i.checked_sub(context) {
+                Some(t) => load(&o.x.row(first + t)[cols.clone()]),
+                None => load(state.row(slot + i)),
+            };
+            for t in 0..run.len {
+                let mut sum = bias;
+                for j in 0..=context {
+                    let tap = s.load(&o.weight[j * stride + cols.start + c..]);
+                    sum = s.fma(tap, input(state, t + j), sum);
+                }
+                let y = silu(s, sum);
+                let to = &mut out.row(first + t)[c..c + width];
+                if width == S::LANES { s.store(y, to) } else { s.store_partial(y, to) }
+            }
+            for j in 0..context {
+                let kept = input(state, run.len + j);
+                s.store_partial(kept, &mut state.row(slot + j)[c..c + width]);
+            }
+            first += run.len;
+        }
+    }
+}

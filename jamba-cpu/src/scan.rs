@@ -1,0 +1,122 @@
+//! The selective scan, vectors across channels.
+
+use jamba_core::Batch;
+
+use crate::simd::columns::{Block, Columns, for_each};
+use crate::simd::{Isa, Simd, exp, silu, softplus, with_simd};
+use crate::tensor::View;
+use crate::weight::PAD;
+
+/// Channels that one task works on.
+const BLOCK: usize = 64;
+/// State updates below which threads are not worth waking.
+const PARALLEL: usize = 1 << 14;
+
+/// Operands, named as in arXiv 2312.00752.
+pub(crate) struct Operands<'a> {
+    /// `(tokens, d_inner)`.
+    pub(crate) x: View<'a>,
+    /// `(tokens, d_inner)`, before bias and softplus.
+    pub(crate) dt: View<'a>,
+    /// `(d_state, padded d_inner)`.
+    pub(crate) a: &'a [f32],
+    /// `(tokens, d_state)`.
+    pub(crate) b: View<'a>,
+    /// `(tokens, d_state)`.
+    pub(crate) c: View<'a>,
+    /// `(d_inner)`.
+    pub(crate) d: &'a [f32],
+    /// `(tokens, d_inner)`, gate before SiLU.
+    pub(crate) z: View<'a>,
+    /// `(d_inner)`.
+    pub(crate) dt_bias: &'a [f32],
+}
+
+/// Per token and channel, h in `state`, per slot `(d_state, padded d_inner)`:
+///
+/// ```text
+/// dt = softplus(dt + dt_bias)
+/// h  = exp(dt A) h + dt B x
+/// y  = (C . h + D x) silu(z)
+/// ```
+pub(crate) fn selective_scan(
+    isa: Isa,
+    operands: &Operands<'_>,
+    batch: &Batch,
+    state: &mut [f32],
+    y: &mut [f32],
+) {
+    let d_inner = operands.x.cols;
+    let stride = d_inner.next_multiple_of(PAD);
+    let parallel = operands.x.rows * operands.a.len() >= PARALLEL;
+    let y = Columns::new(y, d_inner, d_inner, BLOCK);
+    let state = Columns::new(state, stride, d_inner, BLOCK);
+    for_each([y, state], parallel, |[mut y, mut state]| {
+        with_simd!(isa, s => block(s, operands, batch, &mut state, &mut y));
+    });
+}
+
+#[inline(always)]
+fn block<S: Simd>(s: S, o: &Operands<'_>, batch: &Batch, state: &mut Block<'_>, y: &mut Block<'_>) {
+    // The states of LANES channels stay in registers where there are 16, the usual number.
+    if o.b.cols == 16 {
+        states::<S, 16>(s, o, batch, state, y);
+    } else {
+        states::<S, 1>(s, o, batch, state, y);
+    }
+}
+
+/// All channels of a block, N states of each at a time.
+#[inline(always)]
+fn states<S: Simd, const N: usize>(
+    s: S,
+    o: &Operands<'_>,
+    batch: &Batch,
+    state: &mut Block<'_>,
+    y: &mut Block<'_>,
+) {
+    let cols = y.cols();
+    let d_state = o.b.cols;
+    let stride = o.x.cols.next_multiple_of(PAD);
+    for c in (0..cols.len()).step_by(S::LANES) {
+        let width = S::LANES.min(cols.len() - c);
+        let at = cols.start + c..cols.start + c + width;
+        let load = |row: &[f32]| {
+            if width == S::LANES { s.load(row) } else { s.load_partial(row) }
+        };
+        let (d, dt_bias) = (load(&o.d[at.clone()]), load(&o.dt_bias[at.clone()]));
+        let mut first = 0;
+        for run in batch.runs() {
+            for n0 in (0..d_state).step_by(N) {
+                let mut a = [s.splat(0.0); N];
+                let mut h = [s.splat(0.0); N];
+                for n in 0..N {
+                    a[n] = s.load(&o.a[(n0 + n) * stride + at.start..]);
+                    h[n] = load(&state.row(run.slot * d_state + n0 + n)[c..c + width]);
+                }
+                for t in first..first + run.len {
+                    let x = load(&o.x.row(t)[at.clone()]);
+                    let dt = softplus(s, s.add(load(&o.dt.row(t)[at.clone()]), dt_bias));
+                    let dt_x = s.mul(dt, x);
+                    let (b, c_row) = (&o.b.row(t)[n0..n0 + N], &o.c.row(t)[n0..n0 + N]);
+                    let out = &mut y.row(t)[c..c + width];
+                    let mut sum = if n0 == 0 { s.mul(d, x) } else { load(out) };
+                    for n in 0..N {
+                        let decay = exp(s, s.mul(dt, a[n]));
+                        h[n] = s.fma(decay, h[n], s.mul(dt_x, s.splat(b[n])));
+                        sum = s.fma(h[n], s.splat(c_row[n]), sum);
+                    }
+                    if n0 + N == d_state {
+                        sum = s.mul(sum, silu(s, load(&o.z.row(t)[at.clone()])));
+                    }
+                    if width == S::LANES { s.store(sum, out) } else { s.store_partial(sum, out) }
+                }
+                for n in 0..N {
+                    let to = &mut state.row(run.slot * d_state + n0 + n)[c..c + width];
+                    s.store_partial(h[n], to);
+                }
+            }
+            first += run.len;
+        }
+    }
+}

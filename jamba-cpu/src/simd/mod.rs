@@ -1,0 +1,178 @@
+//! Vectors of f32 for the instruction sets of the machine: the only unsafe code of this crate.
+//!
+//! A [`Simd`] value is proof that the machine has its instructions: [`Isa::detect`] is the only
+//! source of one for x86. Kernels are generic over it, and run inside [`Simd::vectorize`], which
+//! compiles them for the instruction set.
+#![allow(unsafe_code)]
+
+mod math;
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub(crate) mod columns;
+
+use portable::Portable;
+#[cfg(target_arch = "x86_64")]
+use x86::{Avx2, Avx512};
+
+/// Vectors of [`LANES`](Self::LANES) f32.
+pub(crate) trait Simd: Copy + Send + Sync + 'static {
+    /// A vector.
+    type F: Copy;
+    /// Elements of a vector.
+    const LANES: usize;
+    /// Rows of activations in a tile of the matrix product.
+    const TILE_M: usize;
+
+    /// Runs `f` compiled for the instruction set.
+    fn vectorize<R>(self, f: impl FnOnce() -> R) -> R;
+
+    /// All lanes `v`.
+    fn splat(self, v: f32) -> Self::F;
+    /// The first `LANES` elements; panics if there are fewer.
+    fn load(self, v: &[f32]) -> Self::F;
+    /// As [`load`](Self::load), from bf16 bits.
+    fn load_bf16(self, v: &[u16]) -> Self::F;
+    /// As [`load`](Self::load), from f16 bits.
+    fn load_f16(self, v: &[u16]) -> Self::F;
+    /// Writes the first `LANES` elements; panics if there are fewer.
+    fn store(self, v: Self::F, to: &mut [f32]);
+    /// `a + b`.
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a - b`.
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b`.
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a / b`.
+    fn div(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b + c`, fused where the machine can.
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// The larger, `b` where either is NaN.
+    fn max(self, a: Self::F, b: Self::F) -> Self::F;
+    /// The smaller, `b` where either is NaN.
+    fn min(self, a: Self::F, b: Self::F) -> Self::F;
+    /// To the nearest integer.
+    fn round(self, a: Self::F) -> Self::F;
+    /// `a * 2^n` for integral n of -126 to 127.
+    fn ldexp(self, a: Self::F, n: Self::F) -> Self::F;
+    /// `(m, e)` with `a = m 2^e` and `1 <= m < 2`, for positive normal `a`.
+    fn frexp(self, a: Self::F) -> (Self::F, Self::F);
+    /// `x > y ? a : b`.
+    fn select_gt(self, x: Self::F, y: Self::F, a: Self::F, b: Self::F) -> Self::F;
+    /// Sum of all lanes, always in the same order.
+    fn sum(self, a: Self::F) -> f32;
+    /// Largest lane.
+    fn max_lane(self, a: Self::F) -> f32;
+
+    /// As [`load`](Self::load), zero past the end.
+    #[inline(always)]
+    fn load_partial(self, v: &[f32]) -> Self::F {
+        let mut padded = [0.0; 16];
+        padded[..v.len()].copy_from_slice(v);
+        self.load(&padded)
+    }
+
+    /// As [`store`](Self::store), as many as fit.
+    #[inline(always)]
+    fn store_partial(self, v: Self::F, to: &mut [f32]) {
+        let mut padded = [0.0; 16];
+        self.store(v, &mut padded);
+        to.copy_from_slice(&padded[..to.len()]);
+    }
+}
+
+/// An element type of weights.
+pub(crate) trait Element: bytemuck::Pod + Send + Sync {
+    /// The first `LANES` elements as f32; panics if there are fewer.
+    fn load<S: Simd>(s: S, v: &[Self]) -> S::F;
+
+    /// As [`load`](Self::load), zero past the end.
+    #[inline(always)]
+    fn load_partial<S: Simd>(s: S, v: &[Self]) -> S::F {
+        let mut padded = [Self::zeroed(); 16];
+        padded[..v.len()].copy_from_slice(v);
+        Self::load(s, &padded)
+    }
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn load<S: Simd>(s: S, v: &[f32]) -> S::F {
+        s.load(v)
+    }
+}
+
+impl Element for half::bf16 {
+    #[inline(always)]
+    fn load<S: Simd>(s: S, v: &[Self]) -> S::F {
+        s.load_bf16(bytemuck::cast_slice(v))
+    }
+}
+
+impl Element for half::f16 {
+    #[inline(always)]
+    fn load<S: Simd>(s: S, v: &[Self]) -> S::F {
+        s.load_f16(bytemuck::cast_slice(v))
+    }
+}
+
+/// The instruction set that kernels run on.
+#[derive(Clone, Copy)]
+pub(crate) enum Isa {
+    /// AVX-512 F, BW, DQ and VL.
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
+    /// AVX2, FMA and F16C.
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2),
+    /// Whatever the compiler makes of arrays.
+    Portable(Portable),
+}
+
+impl Isa {
+    /// The best that this machine has.
+    pub(crate) fn detect() -> Self {
+        Self::available().swap_remove(0)
+    }
+
+    /// All that this machine has, best first.
+    pub(crate) fn available() -> Vec<Self> {
+        let mut all = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            all.extend(Avx512::detect().map(Self::Avx512));
+            all.extend(Avx2::detect().map(Self::Avx2));
+        }
+        all.push(Self::Portable(Portable));
+        all
+    }
+
+    /// `avx512`, `avx2` or `portable`.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(_) => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(_) => "avx2",
+            Self::Portable(_) => "portable",
+        }
+    }
+}
+
+/// Runs an expression with `$s` bound to the [`Simd`] value of an [`Isa`], compiled for it.
+macro_rules! with_simd {
+    ($isa:expr, $s:ident => $body:expr) => {{
+        use $crate::simd::{Isa, Simd};
+        match $isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512($s) => $s.vectorize(|| $body),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2($s) => $s.vectorize(|| $body),
+            Isa::Portable($s) => $s.vectorize(|| $body),
+        }
+    }};
+}
+pub(crate) use with_simd;
+
+pub(crate) use math::{exp, silu, softplus};

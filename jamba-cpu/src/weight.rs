@@ -1,0 +1,180 @@
+//! Parameters in the form that the kernels want.
+
+use half::{bf16, f16};
+use jamba_core::shape::Shaped;
+use jamba_core::{Dtype, Error, HostTensor, Param, Result, Role};
+
+/// Rows of per-channel tables are padded to a multiple of the widest vector.
+pub(crate) const PAD: usize = 16;
+
+/// A parameter.
+pub struct Weight {
+    shape: [usize; 2],
+    form: Form,
+}
+
+enum Form {
+    /// A matrix as it is stored, in pieces laid one below the other.
+    Matrix(Vec<Piece>),
+    /// A vector.
+    Vector(Vec<f32>),
+    /// The transpose `(cols, rows)`, its rows padded with zeros to a multiple of [`PAD`]: what
+    /// vectors across channels read.
+    Transposed(Vec<f32>),
+}
+
+/// Some rows of a matrix, in their stored dtype: mapped from the checkpoint where they are
+/// aligned for it, copied otherwise.
+struct Piece {
+    rows: usize,
+    values: Values,
+}
+
+enum Values {
+    Stored(HostTensor),
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+}
+
+/// Rows of a matrix in one dtype.
+#[derive(Clone, Copy)]
+pub(crate) enum Rows<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    Bf16(&'a [bf16]),
+}
+
+impl Weight {
+    pub(crate) fn new(param: Param) -> Result<Self> {
+        let shape @ [rows, cols] = param.matrix_shape();
+        let held: usize = param.parts.iter().map(|p| p.shape().iter().product::<usize>()).sum();
+        if held != rows * cols {
+            let (expected, got) = (shape, [held, 1]);
+            return Err(Error::Shape { op: "upload", what: "parts", expected, got });
+        }
+        let form = match param.role {
+            Role::Vector => Form::Vector(param.to_f32()),
+            Role::Conv | Role::A => Form::Transposed(transposed(&param.to_f32(), rows, cols)),
+            Role::Embedding
+            | Role::Head
+            | Role::Linear
+            | Role::Router
+            | Role::Experts
+            | Role::Mlp => {
+                Form::Matrix(param.parts.into_iter().map(|p| Piece::new(p, cols)).collect())
+            }
+        };
+        Ok(Self { shape, form })
+    }
+
+    /// The vector that this is.
+    pub(crate) fn vector(&self) -> Result<&[f32]> {
+        match &self.form {
+            Form::Vector(values) => Ok(values),
+            _ => Err(other_form("a vector")),
+        }
+    }
+
+    /// `(cols, padded rows)` of the per-channel table that this is.
+    pub(crate) fn transposed(&self) -> Result<&[f32]> {
+        match &self.form {
+            Form::Transposed(values) => Ok(values),
+            _ => Err(other_form("a table per channel")),
+        }
+    }
+
+    /// Calls `f` with the pieces that make up these rows of the matrix, and the number of the
+    /// first row of each, counted from `start`.
+    pub(crate) fn pieces<'a>(
+        &'a self,
+        start: usize,
+        len: usize,
+        mut f: impl FnMut(usize, Rows<'a>),
+    ) -> Result<()> {
+        let Form::Matrix(pieces) = &self.form else { return Err(other_form("a matrix")) };
+        let cols = self.shape[1];
+        let mut first = 0;
+        for piece in pieces {
+            let from = start.max(first);
+            let to = (start + len).min(first + piece.rows);
+            if from < to {
+                let range = (from - first) * cols..(to - first) * cols;
+                f(from - start, piece.rows().slice(range));
+            }
+            first += piece.rows;
+        }
+        Ok(())
+    }
+}
+
+impl Shaped for Weight {
+    fn shape(&self) -> [usize; 2] {
+        self.shape
+    }
+}
+
+impl Piece {
+    fn new(tensor: HostTensor, cols: usize) -> Self {
+        let rows = tensor.shape().iter().product::<usize>().checked_div(cols).unwrap_or(0);
+        let aligned = tensor.bytes().as_ptr().addr().is_multiple_of(tensor.dtype().size());
+        let values = match tensor.dtype() {
+            _ if aligned => Values::Stored(tensor),
+            Dtype::F32 => Values::F32(tensor.to_f32().into_owned()),
+            Dtype::F16 => Values::F16(copied(tensor.bytes(), f16::from_bits)),
+            Dtype::Bf16 => Values::Bf16(copied(tensor.bytes(), bf16::from_bits)),
+        };
+        Self { rows, values }
+    }
+
+    fn rows(&self) -> Rows<'_> {
+        match &self.values {
+            Values::Stored(tensor) => match tensor.dtype() {
+                Dtype::F32 => Rows::F32(bytemuck::cast_slice(tensor.bytes())),
+                Dtype::F16 => Rows::F16(bytemuck::cast_slice(tensor.bytes())),
+                Dtype::Bf16 => Rows::Bf16(bytemuck::cast_slice(tensor.bytes())),
+            },
+            Values::F32(values) => Rows::F32(values),
+            Values::F16(values) => Rows::F16(values),
+            Values::Bf16(values) => Rows::Bf16(values),
+        }
+    }
+}
+
+fn copied<T>(bytes: &[u8], from_bits: impl Fn(u16) -> T) -> Vec<T> {
+    bytes.as_chunks().0.iter().map(|b| from_bits(u16::from_le_bytes(*b))).collect()
+}
+
+impl<'a> Rows<'a> {
+    fn slice(self, range: std::ops::Range<usize>) -> Self {
+        match self {
+            Self::F32(v) => Self::F32(&v[range]),
+            Self::F16(v) => Self::F16(&v[range]),
+            Self::Bf16(v) => Self::Bf16(&v[range]),
+        }
+    }
+
+    /// The values as f32.
+    pub(crate) fn widen(self, to: &mut [f32]) {
+        match self {
+            Self::F32(v) => to.copy_from_slice(v),
+            Self::F16(v) => to.iter_mut().zip(v).for_each(|(to, v)| *to = v.to_f32()),
+            Self::Bf16(v) => to.iter_mut().zip(v).for_each(|(to, v)| *to = v.to_f32()),
+        }
+    }
+}
+
+fn transposed(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    let stride = rows.next_multiple_of(PAD);
+    let mut out = vec![0.0; cols * stride];
+    for r in 0..rows {
+        for c in 0..cols {
+            out[c * stride + r] = values[r * cols + c];
+        }
+    }
+    out
+}
+
+fn other_form(needed: &str) -> Error {
+    Error::Unsupported { backend: "cpu", what: format!("this parameter where {needed} is needed") }
+}
