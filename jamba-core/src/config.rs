@@ -67,9 +67,13 @@ pub struct Config {
     pub dtype: Option<Dtype>,
 }
 
-/// No size of a model that fits any machine is larger, and products of four of them fit `u128`.
-const MAX_SIZE: usize = 1 << 24;
+// No model that fits any machine is larger. Within these limits the bytes of all parameters, as
+// f32, fit `u64`, and the table of their names fits memory.
+const MAX_VOCAB: usize = 1 << 24;
+const MAX_SIZE: usize = 1 << 20;
 const MAX_LAYERS: usize = 1 << 12;
+/// Experts of a layer times layers.
+const MAX_EXPERTS: usize = 1 << 18;
 
 impl Config {
     /// Reads `config.json`, and `generation_config.json` if there is one, from a model folder.
@@ -86,14 +90,19 @@ impl Config {
         let mut config = Self::from_value(&value)?;
         if let Some(generation) = read_json(&folder.join("generation_config.json"))? {
             let field = Fields::new(&generation, "generation_config.json")?;
-            if let Some(ids) = field.ids("eos_token_id", config.vocab_size)? {
+            if let Some(ids) = field.ids("eos_token_id")? {
                 config.eos_token_ids = ids;
+                config.validate()?;
             }
         }
         Ok(config)
     }
 
     /// Parses the text of a `config.json`.
+    ///
+    /// `vocab_size`, `hidden_size`, `intermediate_size` and the numbers of layers and of attention
+    /// heads are required; what else decides the computation and is absent has the default of
+    /// transformers' `JambaConfig`. Unknown keys are ignored.
     ///
     /// # Errors
     /// [`Error::Json`] or [`Error::Config`].
@@ -143,8 +152,15 @@ impl Config {
             mamba_proj_bias: field.flag("mamba_proj_bias")?.unwrap_or(false),
             rms_norm_eps: field.float("rms_norm_eps")?.unwrap_or(1e-6),
             tie_word_embeddings: field.flag("tie_word_embeddings")?.unwrap_or(false),
-            bos_token_id: field.id("bos_token_id", vocab_size)?,
-            eos_token_ids: field.ids("eos_token_id", vocab_size)?.unwrap_or_default(),
+            bos_token_id: match field.id("bos_token_id")? {
+                None if !field.is_null("bos_token_id") => Some(1),
+                id => id,
+            },
+            eos_token_ids: match field.ids("eos_token_id")? {
+                Some(ids) => ids,
+                None if field.is_null("eos_token_id") => vec![],
+                None => vec![2],
+            },
             max_position_embeddings: match field.size("max_position_embeddings")? {
                 Some(n) => Some(n),
                 None => field.size("n_ctx")?,
@@ -176,7 +192,7 @@ impl Config {
     /// [`Error::Config`] with the field, its value and what is allowed.
     pub fn validate(&self) -> Result<()> {
         let sizes = [
-            ("vocab_size", self.vocab_size, MAX_SIZE),
+            ("vocab_size", self.vocab_size, MAX_VOCAB),
             ("hidden_size", self.hidden_size, MAX_SIZE),
             ("intermediate_size", self.intermediate_size, MAX_SIZE),
             ("num_hidden_layers", self.num_hidden_layers, MAX_LAYERS),
@@ -193,16 +209,27 @@ impl Config {
         for (field, value, max) in sizes {
             ensure((1..=max).contains(&value), field, value, || format!("1 to {max} is allowed"))?;
         }
-        let products = [
-            ("num_attention_heads", self.num_attention_heads, self.head_dim),
-            ("num_key_value_heads", self.num_key_value_heads, self.head_dim),
-            ("mamba_expand", self.mamba_expand, self.hidden_size),
-        ];
-        for (field, factor, width) in products {
-            let allowed = || format!("times {width} it must not pass {MAX_SIZE}");
-            ensure(factor * width <= MAX_SIZE, field, factor, allowed)?;
-        }
+        ensure(self.num_experts <= MAX_LAYERS, "num_experts", self.num_experts, || {
+            format!("0 to {MAX_LAYERS} is allowed")
+        })?;
         let (heads, kv_heads) = (self.num_attention_heads, self.num_key_value_heads);
+        let products = [
+            ("num_attention_heads", heads, "head_dim", self.head_dim, MAX_SIZE),
+            ("num_key_value_heads", kv_heads, "head_dim", self.head_dim, MAX_SIZE),
+            ("mamba_expand", self.mamba_expand, "hidden_size", self.hidden_size, MAX_SIZE),
+            (
+                "num_experts",
+                self.num_experts,
+                "num_hidden_layers",
+                self.num_hidden_layers,
+                MAX_EXPERTS,
+            ),
+        ];
+        for (field, factor, by_field, by, max) in products {
+            let fits = factor.checked_mul(by).is_some_and(|product| product <= max);
+            let allowed = || format!("times {by_field} ({by}) it must not pass {max}");
+            ensure(fits, field, factor, allowed)?;
+        }
         ensure(heads.is_multiple_of(kv_heads), "num_key_value_heads", kv_heads, || {
             format!("it must divide num_attention_heads ({heads})")
         })?;
@@ -225,9 +252,6 @@ impl Config {
                 format!("it must be below {period_field} ({period})")
             })?;
         }
-        ensure(self.num_experts <= MAX_LAYERS, "num_experts", self.num_experts, || {
-            format!("0 to {MAX_LAYERS} is allowed")
-        })?;
         if self.num_experts > 1 {
             let (k, n) = (self.num_experts_per_tok, self.num_experts);
             ensure((1..=n).contains(&k), "num_experts_per_tok", k, || {
@@ -235,7 +259,17 @@ impl Config {
             })?;
         }
         let eps = self.rms_norm_eps;
-        ensure(eps.is_finite() && eps > 0.0, "rms_norm_eps", eps, || "it must be positive".into())
+        ensure(eps.is_finite() && eps > 0.0, "rms_norm_eps", eps, || {
+            "it must be positive and finite".into()
+        })?;
+        let bos = self.bos_token_id.iter().map(|id| ("bos_token_id", *id));
+        let eos = self.eos_token_ids.iter().map(|id| ("eos_token_id", *id));
+        let vocab = self.vocab_size;
+        for (field, id) in bos.chain(eos) {
+            let known = usize::try_from(id).is_ok_and(|id| id < vocab);
+            ensure(known, field, id, || format!("it must be below vocab_size ({vocab})"))?;
+        }
+        Ok(())
     }
 }
 
@@ -334,17 +368,14 @@ impl<'a> Fields<'a> {
         self.parse(key, "a number is expected", |v| v.as_f64().map(|x| x as f32))
     }
 
-    fn id(&self, key: &'static str, vocab_size: usize) -> Result<Option<u32>> {
-        let allowed = format!("a token id below vocab_size ({vocab_size}) is expected");
-        self.parse(key, &allowed, |v| token_id(v, vocab_size))
+    fn id(&self, key: &'static str) -> Result<Option<u32>> {
+        self.parse(key, "a token id is expected", token_id)
     }
 
-    fn ids(&self, key: &'static str, vocab_size: usize) -> Result<Option<Vec<u32>>> {
-        let allowed =
-            format!("a token id below vocab_size ({vocab_size}) or a list of them is expected");
-        self.parse(key, &allowed, |v| match v {
-            Value::Array(list) => list.iter().map(|v| token_id(v, vocab_size)).collect(),
-            one => token_id(one, vocab_size).map(|id| vec![id]),
+    fn ids(&self, key: &'static str) -> Result<Option<Vec<u32>>> {
+        self.parse(key, "a token id or a list of them is expected", |v| match v {
+            Value::Array(list) => list.iter().map(token_id).collect(),
+            one => token_id(one).map(|id| vec![id]),
         })
     }
 
@@ -404,22 +435,16 @@ impl<'a> Fields<'a> {
     }
 }
 
-fn token_id(value: &Value, vocab_size: usize) -> Option<u32> {
-    let id = u32::try_from(value.as_u64()?).ok()?;
-    ((id as usize) < vocab_size).then_some(id)
+fn token_id(value: &Value) -> Option<u32> {
+    u32::try_from(value.as_u64()?).ok()
 }
 
 /// A value as it appears in an error: whole if short.
 fn brief(value: &Value) -> String {
-    match value {
-        Value::Object(_) | Value::Array(_) => kind(value).into(),
-        other => {
-            let text = other.to_string();
-            match text.char_indices().nth(60) {
-                Some((end, _)) => format!("{}...", &text[..end]),
-                None => text,
-            }
-        }
+    let text = value.to_string();
+    match text.char_indices().nth(60) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text,
     }
 }
 

@@ -131,8 +131,11 @@ pub enum Error {
         vocab_size: usize,
     },
     /// There is nothing to start from.
-    #[error("the prompt is empty, and this model has no beginning-of-text token to start from")]
+    #[error("the prompt is empty, and no beginning-of-text token can stand in for it")]
     EmptyPrompt,
+    /// A prompt was given to a generator that has generated a token or ended.
+    #[error("the prompt comes too late: this generator has generated a token or ended")]
+    LatePrompt,
     /// More tokens than the session was made for.
     #[error(
         "{needed} tokens of context are needed, {allocated} were allocated: \

@@ -9,6 +9,7 @@ pub mod generate;
 pub mod memory;
 pub mod model;
 pub mod preset;
+pub mod random;
 pub mod recording;
 pub mod sampler;
 pub mod schedule;

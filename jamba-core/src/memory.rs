@@ -1,1 +1,270 @@
-//! stub
+//! What a model needs in memory, from its configuration alone: weights in a format, KV cache per
+//! token, Mamba state per sequence.
+//!
+//! A session needs all three and its [`Scratch`](crate::Scratch). Only the KV cache grows with the
+//! context, and only attention layers have one: that is what makes long contexts cheap
+//! (arXiv 2403.19887, Table 1).
+//!
+//! ```
+//! use jamba_core::{Config, memory};
+//!
+//! let config = Config::preset("jamba-v0.1")?;
+//! assert_eq!(memory::kv_bytes(&config, 256 * 1024, 2), 4 << 30);
+//! # Ok::<(), jamba_core::Error>(())
+//! ```
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::schedule::Schedule;
+use crate::tensor::Role;
+use crate::weights::{ParamSpec, Weights};
+
+/// How the weights are kept. Vectors, the taps of the convolution and A are f32 in every format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum WeightFormat {
+    /// 4 bytes an element.
+    F32,
+    /// 2 bytes an element: bfloat16, or binary16.
+    Bf16,
+    /// Experts and dense MLPs in int8 with one f32 scale per output channel, the rest 16 bit
+    /// (ExpertsInt8, arXiv 2408.12570).
+    ExpertsInt8,
+    /// Every linear map in int8 with one f32 scale per output channel; embedding, head and
+    /// router 16 bit.
+    Int8,
+}
+
+impl WeightFormat {
+    /// All formats.
+    pub const ALL: [Self; 4] = [Self::F32, Self::Bf16, Self::ExpertsInt8, Self::Int8];
+
+    /// Its name, as [`FromStr`] takes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::ExpertsInt8 => "experts-int8",
+            Self::Int8 => "int8",
+        }
+    }
+
+    /// Bytes of one parameter in this format, scales included.
+    pub fn bytes(self, param: &ParamSpec) -> u64 {
+        let elements = param.elements();
+        let int8 = match param.role {
+            Role::Vector | Role::Conv | Role::A => return 4 * elements,
+            Role::Experts | Role::Mlp => matches!(self, Self::ExpertsInt8 | Self::Int8),
+            Role::Linear => self == Self::Int8,
+            Role::Embedding | Role::Head | Role::Router => false,
+        };
+        match self {
+            _ if int8 => elements + 4 * output_channels(param),
+            Self::F32 => 4 * elements,
+            Self::Bf16 | Self::ExpertsInt8 | Self::Int8 => 2 * elements,
+        }
+    }
+}
+
+/// Rows of a matrix, of all experts together.
+fn output_channels(param: &ParamSpec) -> u64 {
+    param.shape.split_last().map_or(0, |(_, rows)| rows.iter().map(|&n| n as u64).product())
+}
+
+impl fmt::Display for WeightFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for WeightFormat {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|format| format.name() == name).ok_or_else(|| Error::Option {
+            option: "weight format",
+            value: format!("`{name}`"),
+            allowed: "it must be f32, bf16, experts-int8 or int8",
+        })
+    }
+}
+
+/// Bytes of all parameters of the model that a valid `config` describes; a tied head counts once.
+pub fn weight_bytes(config: &Config, format: WeightFormat) -> u64 {
+    let mut bytes = 0;
+    Weights::layout(config).for_each(|param| bytes += format.bytes(param));
+    bytes
+}
+
+/// Bytes that one token of context takes in the KV caches of all attention layers of a valid
+/// `config`, with keys and values of `element_bytes` each.
+pub fn kv_bytes_per_token(config: &Config, element_bytes: usize) -> u64 {
+    let layers = Schedule::new(config).attention_layers() as u64;
+    (layers * 2 * config.kv_width() as u64).saturating_mul(element_bytes as u64)
+}
+
+/// Bytes of the KV caches of `tokens` tokens, of one sequence or of several together;
+/// `u64::MAX` if they are more.
+pub fn kv_bytes(config: &Config, tokens: usize, element_bytes: usize) -> u64 {
+    kv_bytes_per_token(config, element_bytes).saturating_mul(tokens as u64)
+}
+
+/// Bytes of the Mamba state of one sequence, whatever its length: in each Mamba layer
+/// `d_inner * d_state` elements of f32 for the scan, which sums over the whole context, and
+/// `d_inner * (d_conv - 1)` of `conv_element_bytes` for the convolution, which are activations
+/// and may be kept as such: 4 in f32, 2 in 16 bit.
+pub fn mamba_state_bytes(config: &Config, conv_element_bytes: usize) -> u64 {
+    let layers = Schedule::new(config).mamba_layers() as u64;
+    let (d_state, taps) = (config.mamba_d_state as u64, config.mamba_d_conv as u64);
+    let conv = (taps - 1).saturating_mul(conv_element_bytes as u64);
+    (layers * config.d_inner() as u64).saturating_mul((d_state * 4).saturating_add(conv))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::schedule::ParamCount;
+
+    const MIB: u64 = 1 << 20;
+    const GIB: u64 = 1 << 30;
+    const CONTEXT: usize = 256 * 1024;
+
+    fn preset(name: &str) -> Config {
+        Config::preset(name).unwrap()
+    }
+
+    /// Elements of the parameters of some roles.
+    fn elements(config: &Config, roles: &[Role]) -> u64 {
+        let mut sum = 0;
+        Weights::layout(config).for_each(|param| {
+            sum += if roles.contains(&param.role) { param.elements() } else { 0 };
+        });
+        sum
+    }
+
+    #[test]
+    fn kv_cache_is_that_of_table_1() {
+        let jamba = preset("jamba-v0.1");
+        assert_eq!(kv_bytes_per_token(&jamba, 2), 16 * 1024);
+        assert_eq!(kv_bytes(&jamba, CONTEXT, 2), 4 * GIB);
+
+        // The other rows, as models of this architecture with attention in every layer.
+        let every_layer = Config { attn_layer_period: 1, attn_layer_offset: 0, ..jamba };
+        assert_eq!(kv_bytes(&every_layer, CONTEXT, 2), 32 * GIB, "Mistral and Mixtral");
+        let all_heads = Config { num_key_value_heads: 32, ..every_layer };
+        assert_eq!(kv_bytes(&all_heads, CONTEXT, 2), 128 * GIB, "Llama-2 7B");
+    }
+
+    #[test]
+    fn state_of_the_3b_is_what_llama_cpp_allocates() {
+        let config = preset("jamba-reasoning-3b");
+        assert_eq!(kv_bytes(&config, CONTEXT, 2), 256 * MIB);
+        // 26 Mamba layers of 5,120 channels, both states in f32: 9.65 MiB.
+        assert_eq!(mamba_state_bytes(&config, 4), 26 * 5_120 * (16 * 4 + 3 * 4));
+        assert_eq!((mamba_state_bytes(&config, 4) as f64 / MIB as f64 * 100.0).round(), 965.0);
+        assert_eq!(mamba_state_bytes(&config, 2), 26 * 5_120 * (16 * 4 + 3 * 2));
+    }
+
+    #[test]
+    fn experts_int8_leaves_room_for_a_million_tokens() {
+        let config = preset("jamba-v0.1");
+        // The shares that arXiv 2408.12570 gives: of the experts, and of experts and MLPs.
+        let total = ParamCount::new(&config).total as f64;
+        let experts = elements(&config, &[Role::Experts]);
+        let with_mlps = elements(&config, &[Role::Experts, Role::Mlp]);
+        assert!(experts as f64 / total > 0.85);
+        assert!(with_mlps as f64 / total > 0.90);
+
+        let gb = |bytes: u64| (bytes as f64 / 1e8).round() / 10.0;
+        let bytes = weight_bytes(&config, WeightFormat::ExpertsInt8);
+        assert_eq!(gb(experts), 45.1);
+        assert_eq!(gb(bytes), 55.3);
+        assert_eq!(gb(bytes + with_mlps - experts), 58.1, "with the dense MLPs in 16 bit");
+        assert!(bytes + kv_bytes(&config, 1 << 20, 2) < 80_000_000_000);
+    }
+
+    #[test]
+    fn formats_shrink_what_they_say() {
+        for name in ["jamba-v0.1", "jamba-reasoning-3b", "jamba-tales-11m"] {
+            let config = preset(name);
+            let total = ParamCount::new(&config).total;
+            let f32_always = elements(&config, &[Role::Vector, Role::Conv, Role::A]);
+            let bytes = WeightFormat::ALL.map(|format| weight_bytes(&config, format));
+            assert_eq!(bytes[0], 4 * total, "{name}");
+            assert_eq!(bytes[1], 2 * total + 2 * f32_always, "{name}");
+            assert!(bytes.is_sorted_by(|a, b| a > b), "{name}: {bytes:?}");
+        }
+    }
+
+    #[test]
+    fn a_scale_per_output_channel_of_each_expert() {
+        let config = preset("jamba-tales-11m");
+        let mut seen = 0;
+        Weights::layout(&config).for_each(|param| {
+            if param.name == "model.layers.1.feed_forward.experts.gate_up_proj" {
+                seen += 1;
+                let (experts, rows, cols) = (16, 2 * 128, 256);
+                let expected = experts * rows * (cols + 4);
+                assert_eq!(WeightFormat::ExpertsInt8.bytes(param), expected);
+                assert_eq!(WeightFormat::Int8.bytes(param), expected);
+                assert_eq!(WeightFormat::Bf16.bytes(param), experts * rows * cols * 2);
+            }
+        });
+        assert_eq!(seen, 1);
+    }
+
+    #[test]
+    fn names_lead_back_to_formats() {
+        for format in WeightFormat::ALL {
+            assert_eq!(format.to_string().parse::<WeightFormat>().unwrap(), format);
+        }
+        let message = "q4".parse::<WeightFormat>().unwrap_err().to_string();
+        assert!(WeightFormat::ALL.iter().all(|f| message.contains(f.name())), "{message}");
+        assert!(message.contains("`q4`"), "{message}");
+    }
+
+    #[test]
+    fn pure_models_have_one_kind_of_state() {
+        let attention =
+            Config { attn_layer_period: 1, attn_layer_offset: 0, ..preset("jamba-tales-11m") };
+        assert_eq!(mamba_state_bytes(&attention, 4), 0);
+        let mamba =
+            Config { attn_layer_period: 9, attn_layer_offset: 8, ..preset("jamba-tales-11m") };
+        assert_eq!(kv_bytes(&mamba, usize::MAX, 4), 0);
+    }
+
+    #[test]
+    fn the_largest_valid_model_does_not_overflow() {
+        let wide = 1 << 20;
+        let config = Config {
+            vocab_size: 1 << 24,
+            hidden_size: wide,
+            intermediate_size: wide,
+            num_hidden_layers: 1 << 12,
+            num_attention_heads: 1 << 12,
+            num_key_value_heads: 1 << 12,
+            head_dim: 1 << 8,
+            attn_layer_period: 2,
+            attn_layer_offset: 0,
+            expert_layer_period: 1,
+            expert_layer_offset: 0,
+            num_experts: 1 << 6,
+            num_experts_per_tok: 1 << 6,
+            mamba_d_state: 1 << 12,
+            mamba_d_conv: 1 << 12,
+            mamba_expand: 1,
+            mamba_dt_rank: wide,
+            tie_word_embeddings: false,
+            ..preset("jamba-v0.1")
+        };
+        config.validate().unwrap();
+        let bytes = weight_bytes(&config, WeightFormat::F32);
+        assert_eq!(bytes, 4 * ParamCount::new(&config).total);
+        assert!(bytes > 1 << 61);
+        assert_eq!(kv_bytes(&config, usize::MAX, usize::MAX), u64::MAX);
+        assert_eq!(mamba_state_bytes(&config, usize::MAX), u64::MAX);
+    }
+}

@@ -1,1 +1,391 @@
-//! stub
+//! Logits to a token.
+
+use std::cmp::Ordering;
+use std::path::Path;
+
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
+
+use crate::config::{Fields, read_json};
+use crate::error::{Error, Result};
+
+#[cfg(test)]
+mod tests;
+
+/// How a token is chosen from the logits. Every option has a value that switches it off.
+///
+/// They are applied in the order of the fields, that of transformers' logits processors; what
+/// remains is renormalised after each filter. The default leaves the model's own distribution as
+/// it is: temperature 1 and everything else off.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampling {
+    /// Added to the logits of these tokens; `-inf` forbids one. Several for a token add up.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Divides a positive and multiplies a negative logit of every token that occurs in the prompt
+    /// or was generated (Keskar et al., arXiv 1909.05858, section 4.1). 1 is off.
+    pub repetition_penalty: f32,
+    /// Taken from the logit of every token that was generated; the prompt does not count, as in
+    /// OpenAI's API. 0 is off.
+    pub presence_penalty: f32,
+    /// Taken from the logit of a token once for each time that it was generated; the prompt does
+    /// not count. 0 is off.
+    pub frequency_penalty: f32,
+    /// Divides the logits. 0 is greedy: the largest logit is chosen, of equal ones that with the
+    /// lowest id, and the options below have no effect. 1 is off.
+    pub temperature: f32,
+    /// Only the `top_k` most probable tokens are kept, of equal ones those with the lowest ids.
+    /// 0 is off.
+    pub top_k: usize,
+    /// Only the smallest set of most probable tokens whose probabilities sum to at least `top_p`
+    /// is kept; at least one. 1 is off.
+    pub top_p: f32,
+    /// Only tokens at least `min_p` times as probable as the most probable one are kept. 0 is off.
+    pub min_p: f32,
+    /// Seed of the random numbers. The same seed, options and logits give the same tokens whatever
+    /// the number of threads. (Where logits differ in the last bit, as they do between devices,
+    /// a token may.)
+    pub seed: u64,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self {
+            logit_bias: Vec::new(),
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            seed: 0,
+        }
+    }
+}
+
+impl Sampling {
+    /// Temperature 0: always the most probable token.
+    pub fn greedy() -> Self {
+        Self { temperature: 0.0, ..Self::default() }
+    }
+
+    /// What `generation_config.json` of a model folder asks for: `do_sample`, `temperature`,
+    /// `top_k`, `top_p`, `min_p` and `repetition_penalty`.
+    ///
+    /// As in transformers, it is greedy unless `do_sample` is true, so also where there is no such
+    /// file. Unlike there, a filter that the file does not name is off. (transformers has a
+    /// `top_k` of 50 then.)
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Json`], [`Error::Config`] for a field of another type than
+    /// expected, [`Error::Option`] for a value that makes no sense.
+    pub fn from_folder(folder: impl AsRef<Path>) -> Result<Self> {
+        let Some(file) = read_json(&folder.as_ref().join("generation_config.json"))? else {
+            return Ok(Self::greedy());
+        };
+        let field = Fields::new(&file, "generation_config.json")?;
+        let off = Self::default();
+        let mut sampling = Self {
+            repetition_penalty: field
+                .float("repetition_penalty")?
+                .unwrap_or(off.repetition_penalty),
+            temperature: field.float("temperature")?.unwrap_or(off.temperature),
+            top_k: field.size("top_k")?.unwrap_or(off.top_k),
+            top_p: field.float("top_p")?.unwrap_or(off.top_p),
+            min_p: field.float("min_p")?.unwrap_or(off.min_p),
+            ..off
+        };
+        if field.flag("do_sample")? != Some(true) {
+            sampling.temperature = 0.0;
+        }
+        sampling.check()?;
+        Ok(sampling)
+    }
+
+    /// Checks every option; ids of `logit_bias` must be below `vocab_size`.
+    ///
+    /// # Errors
+    /// [`Error::Option`] with the option, its value and what is allowed.
+    pub fn validate(&self, vocab_size: usize) -> Result<()> {
+        self.check()?;
+        for &(id, bias) in &self.logit_bias {
+            option("logit_bias", bias, "it must be a finite number or -inf", |bias| {
+                bias.is_finite() || bias == f32::NEG_INFINITY
+            })?;
+            if id as usize >= vocab_size {
+                let allowed = "every token id must be below the model's vocab_size";
+                return Err(Error::Option { option: "logit_bias", value: id.to_string(), allowed });
+            }
+        }
+        Ok(())
+    }
+
+    /// What can be checked without knowing the vocabulary.
+    fn check(&self) -> Result<()> {
+        let positive = |v: f32| v.is_finite() && v > 0.0;
+        let not_negative = |v: f32| v.is_finite() && v >= 0.0;
+        let share = |v: f32| (0.0..=1.0).contains(&v);
+        let (above_0, from_0) = ("it must be a number above 0", "it must be a number of at least 0");
+        option("repetition_penalty", self.repetition_penalty, above_0, positive)?;
+        option("presence_penalty", self.presence_penalty, "it must be finite", f32::is_finite)?;
+        option("frequency_penalty", self.frequency_penalty, "it must be finite", f32::is_finite)?;
+        option("temperature", self.temperature, from_0, not_negative)?;
+        option("top_p", self.top_p, "0 to 1 is allowed", share)?;
+        option("min_p", self.min_p, "0 to 1 is allowed", share)
+    }
+}
+
+fn option(
+    option: &'static str,
+    value: f32,
+    allowed: &'static str,
+    holds: impl Fn(f32) -> bool,
+) -> Result<()> {
+    if holds(value) {
+        Ok(())
+    } else {
+        Err(Error::Option { option, value: value.to_string(), allowed })
+    }
+}
+
+/// A chosen token.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sampled {
+    /// Its id.
+    pub id: u32,
+    /// Natural logarithm of its probability under the model: log-softmax of the logits as they
+    /// came, before any option.
+    pub logprob: f32,
+}
+
+/// Chooses the tokens of one sequence: the options, what was generated so far, and the generator
+/// of random numbers (ChaCha with 8 rounds; the seed is the first 8 bytes of its key, little-endian).
+#[derive(Clone)]
+pub struct Sampler {
+    sampling: Sampling,
+    rng: ChaCha8Rng,
+    /// `(vocab_size)`: how many times each token was generated.
+    counts: Vec<u32>,
+    /// `(vocab_size)`: whether a token is in `known`.
+    is_known: Vec<bool>,
+    /// Tokens of the prompt and generated ones, each once.
+    known: Vec<u32>,
+    /// Tokens seen, with repetitions.
+    position: usize,
+    /// `(vocab_size)`: logits after bias and penalties.
+    scores: Vec<f32>,
+    candidates: Vec<Candidate>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Candidate {
+    id: u32,
+    score: f32,
+    /// Probability divided by that of the most probable token.
+    weight: f64,
+}
+
+impl Candidate {
+    /// The more probable first, of equals the lower id: a total order, as no score is NaN.
+    fn rank(&self, other: &Self) -> Ordering {
+        let by_score = other.score.partial_cmp(&self.score).unwrap_or(Ordering::Equal);
+        by_score.then(self.id.cmp(&other.id))
+    }
+}
+
+impl Sampler {
+    /// A sampler for logits of `vocab_size` values.
+    ///
+    /// # Errors
+    /// Those of [`Sampling::validate`].
+    pub fn new(sampling: Sampling, vocab_size: usize) -> Result<Self> {
+        sampling.validate(vocab_size)?;
+        let mut key = [0; 32];
+        key[..8].copy_from_slice(&sampling.seed.to_le_bytes());
+        Ok(Self {
+            sampling,
+            rng: ChaCha8Rng::from_seed(key),
+            counts: vec![0; vocab_size],
+            is_known: vec![false; vocab_size],
+            known: Vec::new(),
+            position: 0,
+            scores: Vec::with_capacity(vocab_size),
+            candidates: Vec::new(),
+        })
+    }
+
+    /// The options.
+    pub fn sampling(&self) -> &Sampling {
+        &self.sampling
+    }
+
+    /// Tells the tokens of a prompt, which the repetition penalty counts. Ids beyond the
+    /// vocabulary have no logit and no effect.
+    pub fn observe_prompt(&mut self, ids: &[u32]) {
+        self.position += ids.len();
+        ids.iter().for_each(|&id| self.know(id));
+    }
+
+    fn know(&mut self, id: u32) {
+        if let Some(is_known) = self.is_known.get_mut(id as usize)
+            && !*is_known
+        {
+            *is_known = true;
+            self.known.push(id);
+        }
+    }
+
+    /// Chooses a token by `logits` (`vocab_size` values) and counts it as generated.
+    ///
+    /// A logit of `-inf` is never chosen. One random number is drawn for a token, none if greedy.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::NonFinite`] where a logit is NaN or `+inf` or all are `-inf`,
+    /// [`Error::Option`] where `logit_bias` leaves no token. Nothing is drawn or counted then.
+    pub fn sample(&mut self, logits: &[f32]) -> Result<Sampled> {
+        let vocab_size = self.counts.len();
+        if logits.len() != vocab_size {
+            return Err(Error::Shape {
+                op: "sample",
+                what: "logits",
+                expected: [1, vocab_size],
+                got: [1, logits.len()],
+            });
+        }
+        let usable = |v: &f32| *v < f32::INFINITY;
+        if !logits.iter().all(usable) || logits.iter().all(|v| *v == f32::NEG_INFINITY) {
+            return Err(Error::NonFinite { position: self.position });
+        }
+        self.score(logits);
+        let best = argmax(&self.scores);
+        if self.scores[best] == f32::NEG_INFINITY {
+            return Err(Error::Option {
+                option: "logit_bias",
+                value: "-inf for every token that the model allows".into(),
+                allowed: "it must leave a token to choose",
+            });
+        }
+        let id = if self.sampling.temperature == 0.0 { best as u32 } else { self.draw(best) };
+        self.know(id);
+        self.counts[id as usize] = self.counts[id as usize].saturating_add(1);
+        self.position += 1;
+        Ok(Sampled { id, logprob: log_prob(logits, id) })
+    }
+
+    /// Fills `scores`: logits after bias and penalties. A possible token stays possible unless its
+    /// bias is `-inf`.
+    fn score(&mut self, logits: &[f32]) {
+        let Sampling { repetition_penalty, presence_penalty, frequency_penalty, .. } =
+            self.sampling;
+        let scores = &mut self.scores;
+        scores.clear();
+        scores.extend_from_slice(logits);
+        for &(id, bias) in &self.sampling.logit_bias {
+            let score = &mut scores[id as usize];
+            *score = bounded(f64::from(*score) + f64::from(bias));
+        }
+        if repetition_penalty == 1.0 && presence_penalty == 0.0 && frequency_penalty == 0.0 {
+            return;
+        }
+        for &id in &self.known {
+            let mut score = f64::from(scores[id as usize]);
+            if score > 0.0 {
+                score /= f64::from(repetition_penalty);
+            } else {
+                score *= f64::from(repetition_penalty);
+            }
+            let count = self.counts[id as usize];
+            if count > 0 {
+                score -= f64::from(presence_penalty);
+                score -= f64::from(frequency_penalty) * f64::from(count);
+            }
+            scores[id as usize] = bounded(score);
+        }
+    }
+
+    /// Filters and draws. `best` is the index of the largest score.
+    fn draw(&mut self, best: usize) -> u32 {
+        let Sampling { temperature, top_k, top_p, min_p, .. } = self.sampling;
+        let (max, temperature) = (f64::from(self.scores[best]), f64::from(temperature));
+        let candidates = &mut self.candidates;
+        candidates.clear();
+        let possible = self.scores.iter().zip(0..).filter(|(score, _)| **score > f32::NEG_INFINITY);
+        candidates.extend(possible.map(|(&score, id)| Candidate { id, score, weight: 0.0 }));
+
+        let limited = (1..candidates.len()).contains(&top_k);
+        if limited {
+            candidates.select_nth_unstable_by(top_k - 1, Candidate::rank);
+            candidates.truncate(top_k);
+        }
+        for c in candidates.iter_mut() {
+            c.weight = ((f64::from(c.score) - max) / temperature).exp();
+        }
+        // A draw sums in one order, so that it depends on nothing but the scores.
+        let mut ranked = false;
+        if top_p < 1.0 {
+            let total: f64 = candidates.iter().map(|c| c.weight).sum();
+            // Tokens below this sum to less than 1 - top_p of it: they cannot be in the set, and
+            // only the few others need sorting.
+            let least = total * (1.0 - f64::from(top_p)) / candidates.len() as f64;
+            candidates.retain(|c| c.weight >= least);
+            candidates.sort_unstable_by(Candidate::rank);
+            ranked = true;
+            let enough = total * f64::from(top_p);
+            let mut sum = 0.0;
+            let reached = candidates.iter().position(|c| {
+                sum += c.weight;
+                sum >= enough
+            });
+            candidates.truncate(reached.map_or(candidates.len(), |last| last + 1));
+        }
+        if limited && !ranked {
+            candidates.sort_unstable_by(Candidate::rank);
+        }
+        if min_p > 0.0 {
+            candidates.retain(|c| c.weight >= f64::from(min_p));
+        }
+
+        let total: f64 = candidates.iter().map(|c| c.weight).sum();
+        let mut rest = uniform(&mut self.rng) * total;
+        let drawn = candidates.iter().find(|c| {
+            rest -= c.weight;
+            rest < 0.0
+        });
+        // Rounding may leave a rest at the end: the best token is always a candidate.
+        drawn.map_or(best as u32, |c| c.id)
+    }
+}
+
+/// A score computed in f64, where nothing overflows, cut to what f32 holds; `-inf` stays.
+fn bounded(score: f64) -> f32 {
+    if score == f64::NEG_INFINITY { f32::NEG_INFINITY } else { (score as f32).clamp(f32::MIN, f32::MAX) }
+}
+
+/// Uniform in [0, 1), from the upper 53 bits of one draw.
+fn uniform(rng: &mut ChaCha8Rng) -> f64 {
+    (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64
+}
+
+/// Index of the largest, of equal ones the first; 0 for none.
+fn argmax(values: &[f32]) -> usize {
+    let mut best = 0;
+    for (i, value) in values.iter().enumerate() {
+        if *value > values[best] {
+            best = i;
+        }
+    }
+    best
+}
+
+/// Log-softmax of `logits` at `id`, summed in f64: the natural logarithm of the probability of
+/// that token. `-inf` where `id` is beyond the logits; NaN where a logit is NaN or `+inf` or all are
+/// `-inf`.
+pub fn log_prob(logits: &[f32], id: u32) -> f32 {
+    let Some(&logit) = logits.get(id as usize) else { return f32::NEG_INFINITY };
+    let max = f64::from(logits[argmax(logits)]);
+    if max == f64::NEG_INFINITY {
+        return f32::NAN;
+    }
+    let sum: f64 = logits.iter().map(|v| (f64::from(*v) - max).exp()).sum();
+    (f64::from(logit) - max - sum.ln()) as f32
+}

@@ -62,15 +62,28 @@ impl HostTensor {
     /// # Panics
     /// If the shape does not have as many elements.
     pub fn from_f32(shape: Vec<usize>, values: Vec<f32>) -> Self {
-        struct Owned(Vec<f32>);
-        impl AsRef<[u8]> for Owned {
+        Self::own(Dtype::F32, shape, values)
+    }
+
+    /// Takes the bits of f16 or bf16 values, row-major.
+    ///
+    /// # Panics
+    /// If the shape does not have as many elements, or the dtype is not of 16 bits.
+    pub fn from_halves(dtype: Dtype, shape: Vec<usize>, bits: Vec<u16>) -> Self {
+        Self::own(dtype, shape, bits)
+    }
+
+    fn own<T: bytemuck::Pod + Send + Sync>(dtype: Dtype, shape: Vec<usize>, values: Vec<T>) -> Self {
+        struct Owned<T>(Vec<T>);
+        impl<T: bytemuck::Pod> AsRef<[u8]> for Owned<T> {
             fn as_ref(&self) -> &[u8] {
                 bytemuck::cast_slice(&self.0)
             }
         }
         assert_eq!(shape.iter().product::<usize>(), values.len(), "shape {shape:?}");
-        let bytes = 0..4 * values.len();
-        Self { dtype: Dtype::F32, shape, owner: Arc::new(Owned(values)), bytes }
+        assert_eq!(size_of::<T>(), dtype.size(), "{dtype}");
+        let bytes = 0..values.len() * dtype.size();
+        Self { dtype, shape, owner: Arc::new(Owned(values)), bytes }
     }
 
     /// Element type.

@@ -1,0 +1,219 @@
+//! What a model is made of and what it needs: schedule, parameters, memory by context.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use jamba_core::memory::{WeightFormat, kv_bytes, mamba_state_bytes, weight_bytes};
+use jamba_core::preset;
+use jamba_core::schedule::{FeedForwardKind, MixerKind, ParamCount, Schedule};
+use jamba_core::weights::{ParamSpec, Weights};
+use jamba_core::{Checkpoint, Config, Dtype, ParamSource, Result, Role};
+use jamba_examples::{demo_model, run};
+
+/// Shows the schedule of a model's layers, its parameters in total and active, and the memory it
+/// needs by context.
+#[derive(Parser)]
+#[command(after_help = presets())]
+struct Args {
+    /// Folder with config.json; weights beside it are checked too [default: the demo model].
+    #[arg(long, value_name = "DIR", conflicts_with = "preset")]
+    model: Option<PathBuf>,
+    /// A published model, without its files.
+    #[arg(long, value_name = "NAME")]
+    preset: Option<String>,
+    /// Show this context too, in tokens.
+    #[arg(long, value_name = "N")]
+    context: Option<usize>,
+}
+
+fn presets() -> String {
+    let lines = preset::presets().iter().map(|p| {
+        let names: Vec<_> = p.names().collect();
+        format!("  {}\n      {}\n", names.join(", "), p.about)
+    });
+    format!("Presets:\n{}", lines.collect::<String>())
+}
+
+fn main() -> ExitCode {
+    run(|| inspect(&Args::parse()))
+}
+
+fn inspect(args: &Args) -> Result<()> {
+    let (title, config, folder) = match (&args.preset, &args.model) {
+        (Some(name), _) => (name.to_lowercase(), Config::preset(name)?, None),
+        (None, model) => {
+            let folder = model.clone().unwrap_or_else(demo_model);
+            (folder.display().to_string(), Config::from_folder(&folder)?, Some(folder))
+        }
+    };
+    println!("{title}\n");
+    print_sizes(&config);
+    print_schedule(&config);
+    print_parameters(&config);
+    print_memory(&config, args.context);
+    print_table_1(&config);
+    match folder {
+        Some(folder) => check_weights(&config, &folder),
+        None => Ok(()),
+    }
+}
+
+fn print_sizes(c: &Config) {
+    println!(
+        "hidden {}, vocabulary {}{}, {} query heads and {} key/value heads of {}",
+        c.hidden_size,
+        c.vocab_size,
+        if c.tie_word_embeddings { " (head tied to the embedding)" } else { "" },
+        c.num_attention_heads,
+        c.num_key_value_heads,
+        c.head_dim,
+    );
+    println!(
+        "Mamba: d_inner {}, d_state {}, d_conv {}, dt_rank {}; MLP and experts: {} wide",
+        c.d_inner(),
+        c.mamba_d_state,
+        c.mamba_d_conv,
+        c.mamba_dt_rank,
+        c.intermediate_size,
+    );
+}
+
+fn print_schedule(config: &Config) {
+    println!("\nSchedule: M Mamba, A attention; . MLP, E experts ({})", experts(config));
+    let layers: Vec<_> = Schedule::new(config).iter().collect();
+    let per_row = if config.attn_layer_period <= 16 { config.attn_layer_period.max(8) } else { 16 };
+    for (row, kinds) in layers.chunks(per_row).enumerate() {
+        let mixers: String = kinds
+            .iter()
+            .map(|k| if k.mixer == MixerKind::Attention { 'A' } else { 'M' })
+            .collect();
+        let feed_forwards: String = kinds
+            .iter()
+            .map(|k| if k.feed_forward == FeedForwardKind::Moe { 'E' } else { '.' })
+            .collect();
+        let first = row * per_row;
+        let last = first + kinds.len() - 1;
+        println!("  layers {first:3} to {last:3}   {mixers}   {feed_forwards}");
+    }
+}
+
+fn experts(config: &Config) -> String {
+    match config.num_experts {
+        0 | 1 => "none".into(),
+        n => format!("{n}, of which a token uses {}", config.num_experts_per_tok),
+    }
+}
+
+fn print_parameters(config: &Config) {
+    let count = ParamCount::new(config);
+    println!("\nParameters: {} total, {} active", millions(count.total), millions(count.active));
+    let parts: [(&str, &[Role]); 5] = [
+        ("embedding and head", &[Role::Embedding, Role::Head]),
+        ("mixers", &[Role::Linear, Role::Conv, Role::A]),
+        ("MLPs", &[Role::Mlp]),
+        ("experts and routers", &[Role::Experts, Role::Router]),
+        ("norms, biases, D", &[Role::Vector]),
+    ];
+    for (name, roles) in parts {
+        let mut sum = 0;
+        Weights::layout(config).for_each(|spec: &ParamSpec| {
+            sum += if roles.contains(&spec.role) { spec.elements() } else { 0 };
+        });
+        let share = 100.0 * sum as f64 / count.total as f64;
+        println!("  {name:20} {:>12}  {share:5.1} %", millions(sum));
+    }
+}
+
+fn print_memory(config: &Config, context: Option<usize>) {
+    println!("\nWeights");
+    for format in WeightFormat::ALL {
+        println!("  {format:20} {:>12}", bytes(weight_bytes(config, format)));
+    }
+    let state = mamba_state_bytes(config, Dtype::Bf16.size());
+    println!("\nMamba state, any context {:>10} a sequence", bytes(state));
+    println!("\nContext      KV cache, 16 bit   all, weights in bf16   all, in experts-int8");
+    let mut contexts = vec![4 << 10, 32 << 10, 128 << 10, 256 << 10, 1 << 20];
+    contexts.extend(context);
+    contexts.sort_unstable();
+    contexts.dedup();
+    for context in contexts {
+        let kv = kv_bytes(config, context, Dtype::Bf16.size());
+        let all = |format| bytes(weight_bytes(config, format).saturating_add(kv).saturating_add(state));
+        println!(
+            "{:>10}   {:>16}   {:>20}   {:>20}",
+            thousands(context as u64),
+            bytes(kv),
+            all(WeightFormat::Bf16),
+            all(WeightFormat::ExpertsInt8),
+        );
+    }
+}
+
+/// Table 1 of arXiv 2403.19887: the KV cache at 256K tokens, 16 bit.
+fn print_table_1(config: &Config) {
+    // Layers and key/value width of the models that the paper compares with.
+    let peers = [("Llama-2 7B", 32, 32 * 128), ("Mistral 7B", 32, 8 * 128), ("Mixtral 8x7B", 32, 8 * 128)];
+    let context = 256 << 10;
+    println!("\nKV cache at 256K tokens, 16 bit (Table 1 of arXiv 2403.19887)");
+    for (name, layers, kv_width) in peers {
+        println!("  {name:14} {:>12}", bytes(context * layers * 2 * kv_width * 2));
+    }
+    let this = kv_bytes(config, context as usize, Dtype::Bf16.size());
+    println!("  {:14} {:>12}", "this model", bytes(this));
+}
+
+/// Reads the headers of the weights, if they are there, and checks every tensor's name and shape.
+fn check_weights(config: &Config, folder: &std::path::Path) -> Result<()> {
+    let checkpoint = match Checkpoint::open(folder) {
+        Err(jamba_core::Error::Missing { wanted, .. }) => {
+            println!("\nNo weights here ({wanted}).");
+            return Ok(());
+        }
+        opened => opened?,
+    };
+    let layout = Weights::layout(config);
+    let mut dtypes = std::collections::BTreeMap::<String, u64>::new();
+    layout.try_map(&mut |spec: &ParamSpec| {
+        let param = checkpoint.param(spec)?;
+        for part in &param.parts {
+            *dtypes.entry(part.dtype().to_string()).or_default() += part.bytes().len() as u64;
+        }
+        Ok::<_, jamba_core::Error>(())
+    })?;
+    let sizes: Vec<_> = dtypes.iter().map(|(dtype, n)| format!("{} of {dtype}", bytes(*n))).collect();
+    println!("\nWeights in this folder: complete; {}", sizes.join(", "));
+    let unused = checkpoint.unused(&layout);
+    if !unused.is_empty() {
+        println!("  {} tensors are not part of this model: {}", unused.len(), unused[0]);
+    }
+    Ok(())
+}
+
+fn bytes(n: u64) -> String {
+    let units = [(1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
+    match units.into_iter().find(|(unit, _)| n >= *unit) {
+        Some((unit, name)) => format!("{:.2} {name}", n as f64 / unit as f64),
+        None => format!("{n} B"),
+    }
+}
+
+fn millions(n: u64) -> String {
+    if n >= 1_000_000_000 {
+        format!("{:.2} B", n as f64 / 1e9)
+    } else {
+        format!("{:.2} M", n as f64 / 1e6)
+    }
+}
+
+fn thousands(n: u64) -> String {
+    let digits = n.to_string();
+    let mut out = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}

@@ -1,0 +1,60 @@
+//! Writes every activation of a model for given token ids: what kernel developers compare with.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use jamba_core::recording::Recording;
+use jamba_core::trace::Detail;
+use jamba_core::{Result, SessionOptions};
+use jamba_examples::{BackendName, demo_model, parse_ids, run};
+
+/// Runs token ids as one prompt, then more of them one at a time, and writes every activation and
+/// the final states to a safetensors file (F32).
+///
+/// Names: embed, layers.I.{input_norm,ff_norm,ff,out}, layers.I.mamba.{in_proj,conv,dt,B,C,scan,out},
+/// layers.I.attn.{q,k,v,context,out}, layers.I.moe.router_logits, final_norm, logits, all of shape
+/// (tokens, width); decode_logits (decoded tokens, vocabulary);
+/// state.I.{conv (d_inner, d_conv), ssm (d_inner, d_state), k, v (kv_heads, tokens, head_dim)}.
+#[derive(Parser)]
+struct Args {
+    /// Folder with config.json and safetensors [default: the demo model].
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Token ids of the prompt, separated by commas.
+    #[arg(long, value_name = "1,2,3", value_parser = parse_ids)]
+    ids: std::vec::Vec<u32>,
+    /// Token ids run one at a time after the prompt.
+    #[arg(long, value_name = "4,5,6", value_parser = parse_ids, default_value = "")]
+    decode: std::vec::Vec<u32>,
+    /// Tokens of the prompt per step [default: all in one].
+    #[arg(long, value_name = "N")]
+    chunk: Option<std::num::NonZeroUsize>,
+    /// Where to run.
+    #[arg(long, value_enum, default_value = "cpu")]
+    backend: BackendName,
+    /// Run blocks as the backend fuses them; activations inside a fused block are not written.
+    #[arg(long)]
+    fused: bool,
+    /// File to write.
+    #[arg(long, short, value_name = "FILE.safetensors")]
+    output: PathBuf,
+}
+
+fn main() -> ExitCode {
+    run(|| trace(Args::parse()))
+}
+
+fn trace(args: Args) -> Result<()> {
+    let folder = args.model.unwrap_or_else(demo_model);
+    let model = args.backend.load(&folder)?;
+    let prompt = args.ids.len().max(1);
+    let chunk = args.chunk.map_or(prompt, |n| n.get().min(prompt));
+    let context = prompt + args.decode.len();
+    let mut session = model.session(SessionOptions { context, chunk, outputs: chunk })?;
+    let detail = if args.fused { Detail::Blocks } else { Detail::Operators };
+    let recording = Recording::new(&mut session, &args.ids, chunk, &args.decode, detail)?;
+    recording.save(&args.output)?;
+    eprintln!("wrote {} tensors to {}", recording.tensors.len(), args.output.display());
+    Ok(())
+}
