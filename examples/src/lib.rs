@@ -59,3 +59,8 @@ pub fn parse_ids(text: &str) -> std::result::Result<Vec<u32>, String> {
     let items = text.split([',', ' ']).map(str::trim).filter(|item| !item.is_empty());
     items.map(|item| item.parse().map_err(|_| format!("`{item}` is not a token id"))).collect()
 }
+
+/// The program in the README, compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

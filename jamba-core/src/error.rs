@@ -176,8 +176,8 @@ pub enum Error {
         /// What would be accepted.
         allowed: &'static str,
     },
-    /// An earlier step failed half-way, so the state is no longer that of any token sequence.
-    #[error("an earlier step of this session failed half-way: reset it before going on")]
+    /// An earlier step failed, so the state is no longer that of any token sequence.
+    #[error("an earlier step of this session failed: reset it before going on")]
     Poisoned,
     /// The backend does not do this.
     #[error("the {backend} backend does not support {what}")]

@@ -119,8 +119,8 @@ pub struct Usage {
 ///
 /// The last generated token is not run, as nothing is sampled after it: the session holds the
 /// prompt and all generated tokens but the last, at every moment and also when the generator is
-/// dropped. A prompt that goes on from there (the next turn of a chat) must begin with that token,
-/// [`pending`](Self::pending).
+/// dropped. What goes on from there (the next turn of a chat) must begin with that token: give
+/// [`pending`](Self::pending) as the first prompt of the next generator.
 ///
 /// An error is the last item, and text held back until then is lost.
 pub struct Generator<'a> {
@@ -141,8 +141,8 @@ pub struct Generator<'a> {
 enum Stage {
     /// No prompt yet.
     New,
-    /// The prompt is in the session; its logits.
-    Prompted(Vec<f32>),
+    /// The prompt is in the session, and its logits too.
+    Prompted,
     /// A token was generated that is not in the session.
     Going(u32),
     /// Nothing more will come; the generated token that is not in the session.
@@ -197,7 +197,10 @@ impl<'a> Generator<'a> {
         let bos = self.session.config().bos_token_id;
         let bos = bos.filter(|_| self.session.position() == 0);
         let ids = if ids.is_empty() { bos.as_slice() } else { ids };
-        self.check(ids)?;
+        if !matches!(self.stage, Stage::New | Stage::Prompted) {
+            return Err(Error::LatePrompt);
+        }
+        self.session.check(ids)?;
         let start = Instant::now();
         let result = self.append(ids);
         self.usage.prompt_time += start.elapsed();
@@ -220,43 +223,17 @@ impl<'a> Generator<'a> {
         self.prompt(&ids)
     }
 
-    /// All of `ids` can be appended; told before any of them is.
-    fn check(&self, ids: &[u32]) -> Result<()> {
-        if !matches!(self.stage, Stage::New | Stage::Prompted(_)) {
-            return Err(Error::LatePrompt);
-        }
-        if ids.is_empty() {
-            return Err(Error::EmptyPrompt);
-        }
-        let vocab_size = self.session.config().vocab_size;
-        if let Some(index) = ids.iter().position(|&id| id as usize >= vocab_size) {
-            return Err(Error::Token { id: ids[index], index, vocab_size });
-        }
-        let needed = self.session.position().saturating_add(ids.len());
-        let allocated = self.session.context();
-        if needed > allocated {
-            return Err(Error::Context { needed, allocated });
-        }
-        Ok(())
-    }
-
     fn append(&mut self, ids: &[u32]) -> Result<()> {
-        let mut last = Vec::new();
-        for part in ids.chunks(self.session.chunk()) {
-            if self.cancel.is_cancelled() {
-                self.end(FinishReason::Cancelled, None);
-                return Ok(());
-            }
-            let logits = self.session.append(part)?;
-            self.usage.prompt_tokens += part.len();
-            if self.usage.prompt_tokens == self.prompt_ids.len() + ids.len() {
-                last.extend_from_slice(logits);
-            }
+        let done = self.session.append_while(ids, || !self.cancel.is_cancelled())?;
+        self.sampler.observe_prompt(&ids[..done]);
+        self.prompt_ids.extend_from_slice(&ids[..done]);
+        self.usage.prompt_tokens += done;
+        if done < ids.len() {
+            self.end(FinishReason::Cancelled, None);
+            return Ok(());
         }
-        self.prompt_ids.extend_from_slice(ids);
-        self.sampler.observe_prompt(ids);
         self.decoder = self.tokenizer.decoder(&self.prompt_ids)?;
-        self.stage = Stage::Prompted(last);
+        self.stage = Stage::Prompted;
         if self.max_tokens == 0 {
             self.end(FinishReason::Length, None);
         }
@@ -279,7 +256,7 @@ impl<'a> Generator<'a> {
         match self.stage {
             Stage::Going(id) => Some(id),
             Stage::Done(pending) => pending,
-            Stage::New | Stage::Prompted(_) => None,
+            Stage::New | Stage::Prompted => None,
         }
     }
 
@@ -295,7 +272,7 @@ impl<'a> Generator<'a> {
             return Ok((!text.is_empty()).then_some(Piece { id: None, logprob: 0.0, text }));
         }
         let Sampled { id, logprob } = match &self.stage {
-            Stage::Prompted(logits) => self.sampler.sample(logits)?,
+            Stage::Prompted => self.sampler.sample(self.session.logits())?,
             Stage::Going(id) => self.sampler.sample(self.session.append(&[*id])?)?,
             Stage::New | Stage::Done(_) => return Ok(None),
         };
@@ -452,14 +429,11 @@ impl Stops {
             self.held.truncate(start);
             return (self.rest(), true);
         }
-        let is_beginning = |at: &usize| {
-            let end = &self.held[*at..];
-            self.strings.iter().any(|s| s.starts_with(end))
-        };
         let longest = self.strings.iter().map(String::len).max().unwrap_or(0);
         let from = self.held.floor_char_boundary(self.held.len().saturating_sub(longest));
-        let starts = self.held[from..].char_indices().map(|(at, _)| from + at);
-        let keep = starts.filter(|at| is_beginning(at)).next().unwrap_or(self.held.len());
+        let mut starts = self.held[from..].char_indices().map(|(at, _)| from + at);
+        let keep = starts.find(|&at| self.strings.iter().any(|s| s.starts_with(&self.held[at..])));
+        let keep = keep.unwrap_or(self.held.len());
         (self.held.drain(..keep).collect(), false)
     }
 

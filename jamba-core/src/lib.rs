@@ -1,4 +1,63 @@
-//! stub
+//! Jamba: AI21's hybrid Transformer-Mamba mixture-of-experts language models (arXiv 2403.19887,
+//! 2408.12570), written once over a [`Backend`] trait.
+//!
+//! # Use
+//!
+//! A [`Model`] is a Hugging Face folder loaded into a backend. A [`Session`] is one sequence of
+//! tokens: it appends and returns logits. A [`Generator`] turns a prompt into pieces of text.
+//!
+//! ```
+//! use jamba_core::{
+//!     GenerateOptions, Generator, LanguageModel, Model, Sampling, SessionOptions, Tokenizer,
+//! };
+//! use jamba_cpu::CpuBackend;
+//!
+//! # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/jamba-tales-11m");
+//! let model = Model::load(folder, CpuBackend::new())?;
+//! let tokenizer = Tokenizer::from_folder(folder)?;
+//! let mut session = model.session(SessionOptions { context: 256, ..Default::default() })?;
+//!
+//! let sampling = Sampling { temperature: 0.7, top_p: 0.9, seed: 42, ..Default::default() };
+//! let options = GenerateOptions { sampling, max_tokens: 32, ..Default::default() };
+//! let mut story = Generator::new(&mut session, &tokenizer, options)?;
+//! story.prompt_text("Once upon a time")?;
+//! for piece in story {
+//!     print!("{}", piece?.text);
+//! }
+//! # Ok::<(), jamba_core::Error>(())
+//! ```
+//!
+//! # Where things are
+//!
+//! Data goes one way: tokens, embedding, layers, logits, sampler, tokens.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`config`], [`schedule`], [`preset`], [`memory`] | what a model is made of and what it needs |
+//! | [`checkpoint`], [`weights`], [`tensor`], [`random`] | parameters and where they come from |
+//! | [`backend`], [`shape`], [`batch`] | the contract with a device |
+//! | [`compose`] | the model in operators: each equation's place |
+//! | [`model`], [`session`] | weights, scratch and state together |
+//! | [`tokenizer`], [`sampler`], [`generate`](mod@generate) | text |
+//! | [`trace`], [`recording`] | activations by name |
+//!
+//! # Glossary
+//!
+//! Names are those of the checkpoints and of the papers.
+//!
+//! | name | meaning | shape |
+//! |---|---|---|
+//! | hidden | residual stream | (tokens, `hidden_size`) |
+//! | x, z | the two halves of `in_proj`: the scan's input and its gate | (tokens, `d_inner`) |
+//! | dt (Δ) | step of the discretisation, softplus of `dt_proj` | (tokens, `d_inner`) |
+//! | A | decay of the state, `-exp(A_log)` | (`d_inner`, `d_state`) |
+//! | B, C | input and output maps of the state, from x | (tokens, `d_state`) |
+//! | D | direct path from x to y | (`d_inner`) |
+//! | h | SSM state | (`d_inner`, `d_state`) |
+//! | `d_inner` | `mamba_expand * hidden_size` | |
+//! | `dt_rank` | width of dt before `dt_proj` | |
+//! | router logits | score of each expert; softmax over all, then top K | (tokens, `num_experts`) |
+
 pub mod backend;
 pub mod batch;
 pub mod checkpoint;
@@ -25,6 +84,12 @@ pub use batch::{Batch, Outputs, Run};
 pub use checkpoint::{Checkpoint, ParamSource};
 pub use config::Config;
 pub use error::{Error, Result};
+pub use generate::{
+    CancelToken, FinishReason, GenerateOptions, Generation, Generator, Piece, Usage, generate,
+    generate_ids,
+};
 pub use model::{LanguageModel, Model, ModelRunner, Runner};
+pub use sampler::{Sampled, Sampler, Sampling, log_prob};
 pub use session::{Session, SessionOptions};
 pub use tensor::{Dtype, HostTensor, Param, Role};
+pub use tokenizer::{Decoder, Tokenizer};

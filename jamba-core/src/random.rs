@@ -29,7 +29,9 @@ impl ParamSource for RandomParams {
             HostTensor::from_f32(spec.shape.clone(), values)
         };
         let tensor = match spec.role {
-            Role::Vector if spec.name.ends_with("layernorm.weight") || spec.name.ends_with(".D") => {
+            Role::Vector
+                if spec.name.ends_with("layernorm.weight") || spec.name.ends_with(".D") =>
+            {
                 vector(&|r, _| 1.0 + 0.1 * r.normal())
             }
             Role::Vector if spec.name.ends_with("dt_proj.bias") => vector(&|r, _| {

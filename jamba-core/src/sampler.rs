@@ -125,7 +125,8 @@ impl Sampling {
         let positive = |v: f32| v.is_finite() && v > 0.0;
         let not_negative = |v: f32| v.is_finite() && v >= 0.0;
         let share = |v: f32| (0.0..=1.0).contains(&v);
-        let (above_0, from_0) = ("it must be a number above 0", "it must be a number of at least 0");
+        let (above_0, from_0) =
+            ("it must be a number above 0", "it must be a number of at least 0");
         option("repetition_penalty", self.repetition_penalty, above_0, positive)?;
         option("presence_penalty", self.presence_penalty, "it must be finite", f32::is_finite)?;
         option("frequency_penalty", self.frequency_penalty, "it must be finite", f32::is_finite)?;
@@ -159,7 +160,7 @@ pub struct Sampled {
 }
 
 /// Chooses the tokens of one sequence: the options, what was generated so far, and the generator
-/// of random numbers (ChaCha with 8 rounds; the seed is the first 8 bytes of its key, little-endian).
+/// of random numbers (ChaCha with 8 rounds, keyed with the seed as 8 little-endian bytes and zeros).
 #[derive(Clone)]
 pub struct Sampler {
     sampling: Sampling,
@@ -174,6 +175,8 @@ pub struct Sampler {
     position: usize,
     /// `(vocab_size)`: logits after bias and penalties.
     scores: Vec<f32>,
+    /// Of blocks of scores.
+    maxima: Vec<f32>,
     candidates: Vec<Candidate>,
 }
 
@@ -210,6 +213,7 @@ impl Sampler {
             known: Vec::new(),
             position: 0,
             scores: Vec::with_capacity(vocab_size),
+            maxima: Vec::new(),
             candidates: Vec::new(),
         })
     }
@@ -252,19 +256,20 @@ impl Sampler {
                 got: [1, logits.len()],
             });
         }
-        let usable = |v: &f32| *v < f32::INFINITY;
-        if !logits.iter().all(usable) || logits.iter().all(|v| *v == f32::NEG_INFINITY) {
+        let unusable = logits.iter().any(|v| v.is_nan() || *v == f32::INFINITY);
+        if unusable || max(logits) == f32::NEG_INFINITY {
             return Err(Error::NonFinite { position: self.position });
         }
         self.score(logits);
-        let best = argmax(&self.scores);
-        if self.scores[best] == f32::NEG_INFINITY {
+        let best = max(&self.scores);
+        if best == f32::NEG_INFINITY {
             return Err(Error::Option {
                 option: "logit_bias",
                 value: "-inf for every token that the model allows".into(),
                 allowed: "it must leave a token to choose",
             });
         }
+        let best = self.scores.iter().position(|score| *score == best).unwrap_or(0);
         let id = if self.sampling.temperature == 0.0 { best as u32 } else { self.draw(best) };
         self.know(id);
         self.counts[id as usize] = self.counts[id as usize].saturating_add(1);
@@ -307,29 +312,32 @@ impl Sampler {
     fn draw(&mut self, best: usize) -> u32 {
         let Sampling { temperature, top_k, top_p, min_p, .. } = self.sampling;
         let (max, temperature) = (f64::from(self.scores[best]), f64::from(temperature));
+        let limited = top_k > 0 && top_k < self.scores.len();
+        let floor = if limited { self.at_most_kth(top_k) } else { f32::NEG_INFINITY };
         let candidates = &mut self.candidates;
         candidates.clear();
-        let possible = self.scores.iter().zip(0..).filter(|(score, _)| **score > f32::NEG_INFINITY);
-        candidates.extend(possible.map(|(&score, id)| Candidate { id, score, weight: 0.0 }));
-
-        let limited = (1..candidates.len()).contains(&top_k);
+        for (id, &score) in (0..).zip(&self.scores) {
+            if score >= floor && score > f32::NEG_INFINITY {
+                let weight = ((f64::from(score) - max) / temperature).exp();
+                candidates.push(Candidate { id, score, weight });
+            }
+        }
+        // Candidates are in the order of their ids, or ranked if a filter ranks them. A draw sums
+        // them in that order, so it depends on nothing but the scores.
         if limited {
-            candidates.select_nth_unstable_by(top_k - 1, Candidate::rank);
-            candidates.truncate(top_k);
+            if top_k < candidates.len() {
+                candidates.select_nth_unstable_by(top_k - 1, Candidate::rank);
+                candidates.truncate(top_k);
+            }
+            candidates.sort_unstable_by(Candidate::rank);
         }
-        for c in candidates.iter_mut() {
-            c.weight = ((f64::from(c.score) - max) / temperature).exp();
-        }
-        // A draw sums in one order, so that it depends on nothing but the scores.
-        let mut ranked = false;
         if top_p < 1.0 {
             let total: f64 = candidates.iter().map(|c| c.weight).sum();
-            // Tokens below this sum to less than 1 - top_p of it: they cannot be in the set, and
-            // only the few others need sorting.
+            // All that weigh less sum to less than the 1 - top_p that may be left out: only the
+            // few others need sorting.
             let least = total * (1.0 - f64::from(top_p)) / candidates.len() as f64;
             candidates.retain(|c| c.weight >= least);
             candidates.sort_unstable_by(Candidate::rank);
-            ranked = true;
             let enough = total * f64::from(top_p);
             let mut sum = 0.0;
             let reached = candidates.iter().position(|c| {
@@ -337,9 +345,6 @@ impl Sampler {
                 sum >= enough
             });
             candidates.truncate(reached.map_or(candidates.len(), |last| last + 1));
-        }
-        if limited && !ranked {
-            candidates.sort_unstable_by(Candidate::rank);
         }
         if min_p > 0.0 {
             candidates.retain(|c| c.weight >= f64::from(min_p));
@@ -354,11 +359,28 @@ impl Sampler {
         // Rounding may leave a rest at the end: the best token is always a candidate.
         drawn.map_or(best as u32, |c| c.id)
     }
+
+    /// A number that at least `k` scores reach, found without sorting them: the k-th largest of
+    /// the maxima of blocks of scores.
+    fn at_most_kth(&mut self, k: usize) -> f32 {
+        const BLOCK: usize = 64;
+        self.maxima.clear();
+        self.maxima.extend(self.scores.chunks(BLOCK).map(max));
+        if k > self.maxima.len() {
+            return f32::NEG_INFINITY;
+        }
+        let falling = |a: &f32, b: &f32| b.partial_cmp(a).unwrap_or(Ordering::Equal);
+        *self.maxima.select_nth_unstable_by(k - 1, falling).1
+    }
 }
 
 /// A score computed in f64, where nothing overflows, cut to what f32 holds; `-inf` stays.
 fn bounded(score: f64) -> f32 {
-    if score == f64::NEG_INFINITY { f32::NEG_INFINITY } else { (score as f32).clamp(f32::MIN, f32::MAX) }
+    if score == f64::NEG_INFINITY {
+        f32::NEG_INFINITY
+    } else {
+        (score as f32).clamp(f32::MIN, f32::MAX)
+    }
 }
 
 /// Uniform in [0, 1), from the upper 53 bits of one draw.
@@ -366,15 +388,17 @@ fn uniform(rng: &mut ChaCha8Rng) -> f64 {
     (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64
 }
 
-/// Index of the largest, of equal ones the first; 0 for none.
-fn argmax(values: &[f32]) -> usize {
-    let mut best = 0;
-    for (i, value) in values.iter().enumerate() {
-        if *value > values[best] {
-            best = i;
+/// The largest; NaN is passed over, `-inf` for none.
+fn max(values: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    // Each lane has a maximum of its own, so that the loop can be vectorised.
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    for part in values.chunks(lanes.len()) {
+        for (lane, v) in lanes.iter_mut().zip(part) {
+            *lane = larger(*lane, *v);
         }
     }
-    best
+    lanes.into_iter().fold(f32::NEG_INFINITY, larger)
 }
 
 /// Log-softmax of `logits` at `id`, summed in f64: the natural logarithm of the probability of
@@ -382,10 +406,7 @@ fn argmax(values: &[f32]) -> usize {
 /// `-inf`.
 pub fn log_prob(logits: &[f32], id: u32) -> f32 {
     let Some(&logit) = logits.get(id as usize) else { return f32::NEG_INFINITY };
-    let max = f64::from(logits[argmax(logits)]);
-    if max == f64::NEG_INFINITY {
-        return f32::NAN;
-    }
+    let max = f64::from(max(logits));
     let sum: f64 = logits.iter().map(|v| (f64::from(*v) - max).exp()).sum();
     (f64::from(logit) - max - sum.ln()) as f32
 }

@@ -93,17 +93,40 @@ impl Session {
     ///
     /// # Errors
     /// [`Error::EmptyPrompt`] for no tokens, [`Error::Token`], [`Error::Context`]: the session is
-    /// as before. [`Error::NonFinite`]: the logits are not numbers. What the backend reports:
-    /// the session must be [`reset`](Self::reset).
+    /// as before. [`Error::NonFinite`], or what the backend reports: the session must be
+    /// [`reset`](Self::reset).
     pub fn append(&mut self, tokens: &[u32]) -> Result<&[f32]> {
-        self.check(tokens)?;
-        let chunk = self.chunk();
-        let last = tokens.len().saturating_sub(1) / chunk;
-        for (i, part) in tokens.chunks(chunk).enumerate() {
-            self.step(part, if i == last { Outputs::Last } else { Outputs::None }, None)?;
-        }
-        self.finite()?;
+        self.append_while(tokens, || true)?;
         Ok(&self.logits)
+    }
+
+    /// As [`append`](Self::append), but asks `keep_going` before every chunk, and stops where it
+    /// says no. Returns how many tokens were appended; [`logits`](Self::logits) are there if all.
+    ///
+    /// # Errors
+    /// As `append`.
+    pub fn append_while(
+        &mut self,
+        tokens: &[u32],
+        mut keep_going: impl FnMut() -> bool,
+    ) -> Result<usize> {
+        self.check(tokens)?;
+        let mut done = 0;
+        for part in tokens.chunks(self.chunk()) {
+            if !keep_going() {
+                break;
+            }
+            done += part.len();
+            let last = done == tokens.len();
+            self.step(part, if last { Outputs::Last } else { Outputs::None }, None)?;
+        }
+        Ok(done)
+    }
+
+    /// Logits that the last step returned, rows of `vocab_size`; none after a chunk of a prompt
+    /// that was not its last.
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
     }
 
     /// Appends tokens and calls `f` with the logits after each: its index in `tokens`, and
@@ -117,7 +140,6 @@ impl Session {
         let chunk = self.runner.limits().outputs;
         for (i, part) in tokens.chunks(chunk).enumerate() {
             self.step(part, Outputs::All, None)?;
-            self.finite()?;
             let rows = self.logits.chunks_exact(vocab_size).enumerate();
             rows.for_each(|(row, logits)| f(i * chunk + row, logits));
         }
@@ -148,8 +170,11 @@ impl Session {
         self.runner.read_state(layer, part, 0, self.position)
     }
 
-    /// All of `tokens` can be appended; told before any of them is.
-    fn check(&self, tokens: &[u32]) -> Result<()> {
+    /// Whether all of `tokens` can be appended; told before any of them is.
+    ///
+    /// # Errors
+    /// As [`append`](Self::append) before it begins.
+    pub fn check(&self, tokens: &[u32]) -> Result<()> {
         if !self.sound {
             return Err(Error::Poisoned);
         }
@@ -183,15 +208,10 @@ impl Session {
         }
         self.logits = self.runner.logits()?;
         self.position += tokens.len();
+        if !self.logits.iter().all(|v| v.is_finite()) {
+            return Err(Error::NonFinite { position: self.position });
+        }
         self.sound = true;
         Ok(())
-    }
-
-    fn finite(&self) -> Result<()> {
-        if self.logits.iter().all(|v| v.is_finite()) {
-            Ok(())
-        } else {
-            Err(Error::NonFinite { position: self.position })
-        }
     }
 }

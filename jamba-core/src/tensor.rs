@@ -73,7 +73,11 @@ impl HostTensor {
         Self::own(dtype, shape, bits)
     }
 
-    fn own<T: bytemuck::Pod + Send + Sync>(dtype: Dtype, shape: Vec<usize>, values: Vec<T>) -> Self {
+    fn own<T: bytemuck::Pod + Send + Sync>(
+        dtype: Dtype,
+        shape: Vec<usize>,
+        values: Vec<T>,
+    ) -> Self {
         struct Owned<T>(Vec<T>);
         impl<T: bytemuck::Pod> AsRef<[u8]> for Owned<T> {
             fn as_ref(&self) -> &[u8] {

@@ -168,9 +168,8 @@ impl Tokenizer {
 
     /// Whether [`decode`](Self::decode) leaves this id out.
     fn is_silent(&self, id: u32) -> bool {
-        let special = |token: &str| {
-            self.inner.tokenizer.get_added_vocabulary().is_special_token(token)
-        };
+        let special =
+            |token: &str| self.inner.tokenizer.get_added_vocabulary().is_special_token(token);
         self.token(id).is_none_or(|token| special(&token))
     }
 }

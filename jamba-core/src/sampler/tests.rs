@@ -76,12 +76,21 @@ fn filters_in_order() {
 fn a_draw_is_the_inverse_of_the_cumulative_distribution() {
     // Keystream of ChaCha8 with a zero key (draft-strombergson-chacha-test-vectors, TC1).
     let mut rng = ChaCha8Rng::from_seed([0; 32]);
-    assert_eq!(rng.clone().next_u64(), u64::from_le_bytes([0x3e, 0, 0xef, 0x2f, 0x89, 0x5f, 0x40, 0xd6]));
+    assert_eq!(
+        rng.clone().next_u64(),
+        u64::from_le_bytes([0x3e, 0, 0xef, 0x2f, 0x89, 0x5f, 0x40, 0xd6])
+    );
 
     // No filter: in the order of ids. top_k: in the order of probability.
     let by_id: [(u32, f64); 8] = [
-        (0, 0.156248), (1, 0.007779), (2, 0.034864), (3, 0.424725), (4, 0.021146), (5, 0.094769),
-        (6, 0.002862), (7, 0.257609),
+        (0, 0.156248),
+        (1, 0.007779),
+        (2, 0.034864),
+        (3, 0.424725),
+        (4, 0.021146),
+        (5, 0.094769),
+        (6, 0.002862),
+        (7, 0.257609),
     ];
     let by_rank = [(3, 0.50648), (7, 0.307196), (0, 0.186324)];
     let expected = |table: &[(u32, f64)], u: f64| {
@@ -114,11 +123,8 @@ fn penalties() {
     assert_eq!(s.scores, [2.0, -1.3, 0.5, 3.0 / 1.3, 0.0, 1.5, -2.6, 2.5 / 1.3]);
 
     // Presence once, frequency each time, and the prompt does not count.
-    let mut s = sampler(Sampling {
-        presence_penalty: 0.25,
-        frequency_penalty: 0.5,
-        ..Sampling::greedy()
-    });
+    let mut s =
+        sampler(Sampling { presence_penalty: 0.25, frequency_penalty: 0.5, ..Sampling::greedy() });
     s.observe_prompt(&[3, 3, 3, 7]);
     let ids: Vec<u32> = (0..4).map(|_| s.sample(&LOGITS).unwrap().id).collect();
     // 3.0; 2.25 < 2.5; 2.25 > 1.75; then 1.75, 1.75 < 2.0.
@@ -144,7 +150,9 @@ fn greedy_and_ties() {
     // Of equal logits, top_k keeps those with the lowest ids.
     for seed in 0..100 {
         let mut s = sampler(Sampling { top_k: 3, seed, ..Sampling::default() });
-        assert!([1, 2, 4].contains(&s.sample(&[0.0, 1.0, 1.0, 0.0, 5.0, 1.0, 1.0, 1.0]).unwrap().id));
+        assert!(
+            [1, 2, 4].contains(&s.sample(&[0.0, 1.0, 1.0, 0.0, 5.0, 1.0, 1.0, 1.0]).unwrap().id)
+        );
         let mut s = sampler(Sampling { top_k: 1, seed, ..Sampling::default() });
         assert_eq!(s.sample(&[-0.0, 0.0, -1.0, 0.0, -0.0, -1.0, -1.0, -1.0]).unwrap().id, 0);
     }
@@ -207,7 +215,10 @@ fn options_that_make_no_sense() {
         assert_eq!(refused(Sampling { temperature: bad, ..d.clone() }), "temperature");
         assert_eq!(refused(Sampling { top_p: bad, ..d.clone() }), "top_p");
         assert_eq!(refused(Sampling { min_p: bad, ..d.clone() }), "min_p");
-        assert_eq!(refused(Sampling { repetition_penalty: bad, ..d.clone() }), "repetition_penalty");
+        assert_eq!(
+            refused(Sampling { repetition_penalty: bad, ..d.clone() }),
+            "repetition_penalty"
+        );
     }
     assert_eq!(refused(Sampling { repetition_penalty: 0.0, ..d.clone() }), "repetition_penalty");
     assert_eq!(refused(Sampling { top_p: 1.1, ..d.clone() }), "top_p");
@@ -266,6 +277,11 @@ fn nucleus(logits: &[f32], top_p: f64) -> Vec<u32> {
     within.map(|(_, id)| *id).collect()
 }
 
+/// `top_k` of a vocabulary that has blocks, with many equal logits.
+fn many_logits() -> impl Strategy<Value = Vec<f32>> {
+    prop::collection::vec((-20i16..20).prop_map(|v| f32::from(v) / 4.0), 1..2000)
+}
+
 proptest! {
     #![proptest_config(ProptestConfig {
         failure_persistence: None, rng_seed: RngSeed::Fixed(29), ..ProptestConfig::default()
@@ -284,6 +300,20 @@ proptest! {
         let common = kept.len().min(expected.len()).max(1);
         prop_assert!(kept.len().abs_diff(expected.len().max(1)) <= 1);
         prop_assert_eq!(&kept[..common.min(expected.len())], &expected[..common.min(expected.len())]);
+    }
+
+    #[test]
+    fn top_k_is_the_first_of_all_ranked(logits in many_logits(), top_k in 1usize..60) {
+        let mut s = Sampler::new(Sampling { top_k, ..Sampling::default() }, logits.len()).unwrap();
+        s.sample(&logits).unwrap();
+        let kept: Vec<u32> = s.candidates.iter().map(|c| c.id).collect();
+        let mut expected: Vec<u32> = (0..logits.len() as u32).collect();
+        expected.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]));
+        expected.truncate(top_k);
+        if top_k >= logits.len() {
+            expected.sort_unstable();
+        }
+        prop_assert_eq!(kept, expected);
     }
 
     #[test]

@@ -26,8 +26,18 @@ fn folder(tokenizer: &Value, config: &Value) -> tempfile::TempDir {
     folder
 }
 
-const WORDS: [&str; 10] =
-    ["<s>", "</s>", "\u{2581}", "\u{2581}\u{2581}", "\u{2581}the", "\u{2581}fox", "a", "é", "!", "狐"];
+const WORDS: [&str; 10] = [
+    "<s>",
+    "</s>",
+    "\u{2581}",
+    "\u{2581}\u{2581}",
+    "\u{2581}the",
+    "\u{2581}fox",
+    "a",
+    "é",
+    "!",
+    "狐",
+];
 const BYTE: u32 = WORDS.len() as u32;
 
 /// Ten words and the 256 bytes, with the decoder of Llama or of older SentencePiece conversions.
@@ -36,8 +46,10 @@ fn sentence_piece(decoder: Value) -> Tokenizer {
     let tokens = WORDS.iter().map(|w| w.to_string()).chain(bytes);
     let vocab: serde_json::Map<String, Value> =
         tokens.enumerate().map(|(i, token)| (token, json!(i))).collect();
-    let special = |id: u32| json!({"id": id, "content": WORDS[id as usize], "single_word": false,
-        "lstrip": false, "rstrip": false, "normalized": false, "special": true});
+    let special = |id: u32| {
+        json!({"id": id, "content": WORDS[id as usize], "single_word": false,
+        "lstrip": false, "rstrip": false, "normalized": false, "special": true})
+    };
     let tokenizer = json!({
         "version": "1.0", "added_tokens": [special(0), special(1)], "decoder": decoder,
         "model": {"type": "BPE", "vocab": vocab, "merges": [], "byte_fallback": true},
@@ -55,8 +67,10 @@ fn llama() -> Tokenizer {
 }
 
 fn metaspace() -> Tokenizer {
-    sentence_piece(json!({"type": "Metaspace", "replacement": "\u{2581}", "prepend_scheme": "always",
-        "split": true}))
+    sentence_piece(
+        json!({"type": "Metaspace", "replacement": "\u{2581}", "prepend_scheme": "always",
+        "split": true}),
+    )
 }
 
 fn bytes_of(text: &str) -> Vec<u32> {
@@ -93,7 +107,10 @@ fn special_tokens() {
     assert_eq!(tokenizer.vocab_size(), 4096);
     assert_eq!(tokenizer.id("<|endoftext|>"), Some(2));
     assert_eq!(tokenizer.id("no such token"), None);
-    assert_eq!((tokenizer.token(2).as_deref(), tokenizer.token(4096)), (Some("<|endoftext|>"), None));
+    assert_eq!(
+        (tokenizer.token(2).as_deref(), tokenizer.token(4096)),
+        (Some("<|endoftext|>"), None)
+    );
 
     let plain = tokenizer.encode_plain("The fox").unwrap();
     let mut ids = tokenizer.encode("The fox").unwrap();
@@ -158,7 +175,8 @@ fn errors_name_the_file() {
 #[test]
 fn a_leading_space_is_dropped_at_the_beginning_of_a_text_only() {
     let ids = [0, 4, 5, 2, 5, 0, 3, 4, 1];
-    for (tokenizer, whole) in [(llama(), "the fox  fox   the"), (metaspace(), "the fox  fox   the")] {
+    for (tokenizer, whole) in [(llama(), "the fox  fox   the"), (metaspace(), "the fox  fox   the")]
+    {
         assert_eq!(tokenizer.decode(&ids).unwrap(), whole);
         let pieces = stream(&mut tokenizer.decoder(&[]).unwrap(), &ids);
         assert_eq!(pieces, ["", "the", " fox", " ", " fox", "", "  ", " the", "", ""]);
@@ -246,10 +264,11 @@ proptest! {
         prop_assert_eq!(stream(&mut decoder, &ids).concat(), whole);
 
         let prompt = tokenizer.decode(&before).unwrap();
-        prop_assume!(!prompt.ends_with(REPLACEMENT));
-        let all = tokenizer.decode(&[&before[..], &ids].concat()).unwrap();
-        let mut decoder = tokenizer.decoder(&before).unwrap();
-        prop_assert_eq!(prompt + &stream(&mut decoder, &ids).concat(), all);
+        if !prompt.ends_with(REPLACEMENT) {
+            let all = tokenizer.decode(&[&before[..], &ids].concat()).unwrap();
+            let mut decoder = tokenizer.decoder(&before).unwrap();
+            prop_assert_eq!(prompt + &stream(&mut decoder, &ids).concat(), all);
+        }
     }
 
     #[test]

@@ -49,6 +49,7 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn vectorize<R>(self, f: impl FnOnce() -> R) -> R {
+        #[inline]
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
         fn run<R>(f: impl FnOnce() -> R) -> R {
             f()
@@ -163,6 +164,7 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn vectorize<R>(self, f: impl FnOnce() -> R) -> R {
+        #[inline]
         #[target_feature(enable = "avx2,fma,f16c")]
         fn run<R>(f: impl FnOnce() -> R) -> R {
             f()

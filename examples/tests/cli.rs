@@ -1,0 +1,155 @@
+//! The examples as a user runs them: what they print, and how they fail.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use safetensors::SafeTensors;
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// The built example; `cargo test` builds all of them beside the tests.
+fn example(name: &str) -> Command {
+    let test = std::env::current_exe().unwrap();
+    let profile = test.ancestors().nth(2).unwrap();
+    let path = profile.join("examples").join(name).with_extension(std::env::consts::EXE_EXTENSION);
+    assert!(path.is_file(), "{} is not built", path.display());
+    let mut command = Command::new(path);
+    command.current_dir(root()).stdin(Stdio::null());
+    command
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+#[track_caller]
+fn success(command: &mut Command) -> (String, String) {
+    let Output { status, stdout, stderr } = command.output().unwrap();
+    let (out, err) = (String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap());
+    assert!(status.success(), "{status}: {err}");
+    (out, err)
+}
+
+#[track_caller]
+fn refused(command: &mut Command, parts: &[&str]) {
+    let Output { status, stdout, stderr } = command.output().unwrap();
+    let err = String::from_utf8(stderr).unwrap();
+    assert_eq!(status.code(), Some(2), "{err}");
+    assert!(stdout.is_empty());
+    for part in parts {
+        assert!(err.contains(part), "`{part}` is not in: {err}");
+    }
+}
+
+#[test]
+fn generate_tells_a_story() {
+    let (out, err) = success(&mut example("generate"));
+    assert!(out.starts_with("Once upon a time"), "{out}");
+    assert!(out.len() > 500, "{out}");
+    assert!(err.contains("256") && err.contains("end: length"), "{err}");
+}
+
+#[test]
+fn generate_prints_json() {
+    let args = ["--prompt", "The little dog", "--temperature", "0", "--max-tokens", "5", "--json"];
+    let (out, _) = success(example("generate").args(args));
+    let json: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(json["prompt_ids"], serde_json::json!([1, 344, 425, 1175]));
+    assert_eq!(json["ids"], serde_json::json!([310, 365, 1548, 319, 279]));
+    assert_eq!(json["text"], " was so frightened that he");
+    assert_eq!(json["finish_reason"], "length");
+    assert_eq!(json["logprobs"].as_array().unwrap().len(), 5);
+    for timing in ["load_seconds", "prompt_tokens_per_second", "generated_tokens_per_second"] {
+        assert!(json["timings"][timing].as_f64().unwrap() > 0.0, "{timing}");
+    }
+}
+
+#[test]
+fn generate_reads_what_is_piped_in_and_stops_before_a_stop_string() {
+    let args = ["--temperature", "0", "--stop", " that he", "--no-stream"];
+    let mut child = example("generate")
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(b"The little dog").unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), "The little dog was so frightened\n");
+    assert!(String::from_utf8(output.stderr).unwrap().contains("end: stop"));
+}
+
+#[test]
+fn generate_is_the_same_on_the_reference_and_in_small_chunks() {
+    let text = |args: &[&str]| {
+        let common = ["--prompt", "Once upon a time", "--temperature", "0", "--max-tokens", "12"];
+        success(example("generate").args(common).args(args)).0
+    };
+    let expected = text(&[]);
+    assert_eq!(text(&["--backend", "reference"]), expected);
+    assert_eq!(text(&["--chunk", "2"]), expected);
+}
+
+#[test]
+fn generate_refuses_bad_input() {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("latin1.txt");
+    std::fs::write(&file, b"caf\xe9").unwrap();
+    let file = file.to_str().unwrap();
+    refused(example("generate").args(["--prompt-file", file]), &["latin1.txt", "UTF-8"]);
+    refused(example("generate").args(["--prompt-file", "/no/file"]), &["/no/file"]);
+    refused(example("generate").args(["--model", "/no/model"]), &["/no/model", "no such folder"]);
+    refused(example("generate").args(["--top-p", "1.5"]), &["top_p", "1.5"]);
+    refused(example("generate").args(["--temperature", "nan"]), &["temperature", "NaN"]);
+    refused(example("generate").args(["--logit-bias", "5000=1"]), &["logit_bias", "5000"]);
+    refused(example("generate").args(["--chunk", "0"]), &["--chunk"]);
+    let empty = folder.path().to_str().unwrap();
+    refused(example("generate").args(["--model", empty]), &[empty, "config.json"]);
+}
+
+#[test]
+fn trace_writes_the_golden_names() {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("trace.safetensors");
+    let model = root().join("jamba-tests/golden/paper-block");
+    let args = ["--ids", "1,2,3,4,5", "--decode", "6,7", "--chunk", "2", "--model"];
+    success(example("trace").args(args).arg(&model).arg("--output").arg(&file));
+    let (got, expected) = (std::fs::read(file).unwrap(), model.join("golden.safetensors"));
+    let expected = std::fs::read(expected).unwrap();
+    let (got, expected) =
+        (SafeTensors::deserialize(&got).unwrap(), SafeTensors::deserialize(&expected).unwrap());
+    let mut names: Vec<_> =
+        expected.names().into_iter().filter(|name| !name.ends_with("_ids")).collect();
+    let mut written = got.names();
+    names.sort_unstable();
+    written.sort_unstable();
+    assert_eq!(written, names);
+    assert_eq!(got.tensor("logits").unwrap().shape(), [5, 160]);
+    assert_eq!(got.tensor("decode_logits").unwrap().shape(), [2, 160]);
+    assert_eq!(got.tensor("state.4.k").unwrap().shape(), [2, 7, 16]);
+    assert_eq!(got.tensor("state.0.conv").unwrap().shape(), [128, 4]);
+}
+
+#[test]
+fn trace_refuses_bad_input() {
+    let output = ["--output", "/no/such/folder/trace.safetensors"];
+    refused(example("trace").args(["--ids", "1,2"]).args(output), &["/no/such/folder"]);
+    refused(example("trace").args(["--ids", "1,x"]).args(output), &["`x` is not a token id"]);
+    refused(example("trace").args(["--ids", ""]).args(output), &["prompt is empty"]);
+    refused(example("trace").args(["--ids", "4096"]).args(output), &["4096", "vocabulary"]);
+}
+
+#[test]
+fn inspect_prints_table_1_and_checks_weights() {
+    let (out, _) = success(example("inspect").args(["--preset", "Jamba-v0.1"]));
+    for part in ["51.57 B total, 12.11 B active", "MMMMAMMM   .E.E.E.E", "128.00 GiB"] {
+        assert!(out.contains(part), "`{part}` is not in: {out}");
+    }
+    let row = out.lines().find(|line| line.trim_start().starts_with("262,144")).unwrap();
+    assert!(row.contains("4.00 GiB"), "{row}");
+    let (out, _) = success(example("inspect").args(["--context", "777"]));
+    assert!(out.contains("complete") && out.contains("777"), "{out}");
+    refused(example("inspect").args(["--preset", "gpt-2"]), &["gpt-2", "jamba-v0.1"]);
+}
