@@ -100,9 +100,8 @@ impl Config {
 
     /// Parses the text of a `config.json`.
     ///
-    /// `vocab_size`, `hidden_size`, `intermediate_size` and the numbers of layers and of attention
-    /// heads are required; what else decides the computation and is absent has the default of
-    /// transformers' `JambaConfig`. Unknown keys are ignored.
+    /// What is absent has the default of transformers' `JambaConfig`, the sizes of Jamba-v0.1.
+    /// Unknown keys are ignored.
     ///
     /// # Errors
     /// [`Error::Json`] or [`Error::Config`].
@@ -116,15 +115,15 @@ impl Config {
         let field = Fields::new(value, "config.json")?;
         field.refuse_unsupported()?;
 
-        let hidden_size = field.required("hidden_size")?;
-        let vocab_size = field.required("vocab_size")?;
-        let num_attention_heads = field.required("num_attention_heads")?;
+        let hidden_size = field.size_or("hidden_size", 4096)?;
+        let vocab_size = field.size_or("vocab_size", 65_536)?;
+        let num_attention_heads = field.size_or("num_attention_heads", 32)?;
         let num_experts = field.size("num_experts")?.unwrap_or(16);
         let config = Self {
             vocab_size,
             hidden_size,
-            intermediate_size: field.required("intermediate_size")?,
-            num_hidden_layers: field.required("num_hidden_layers")?,
+            intermediate_size: field.size_or("intermediate_size", 14_336)?,
+            num_hidden_layers: field.size_or("num_hidden_layers", 32)?,
             num_attention_heads,
             num_key_value_heads: match field.size("num_key_value_heads")? {
                 Some(heads) => heads,
@@ -356,8 +355,12 @@ impl<'a> Fields<'a> {
         self.parse(key, "a whole number of at least 0 is expected", whole)
     }
 
-    fn required(&self, key: &'static str) -> Result<usize> {
-        self.size(key)?.ok_or_else(|| config_error(key, "missing", "a whole number is required"))
+    /// A size that may be absent, but not null.
+    fn size_or(&self, key: &'static str, default: usize) -> Result<usize> {
+        if self.is_null(key) {
+            return Err(config_error(key, "null", "a whole number is expected"));
+        }
+        Ok(self.size(key)?.unwrap_or(default))
     }
 
     pub(crate) fn flag(&self, key: &'static str) -> Result<Option<bool>> {
