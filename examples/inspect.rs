@@ -84,10 +84,8 @@ fn print_schedule(config: &Config) {
     let layers: Vec<_> = Schedule::new(config).iter().collect();
     let per_row = if config.attn_layer_period <= 16 { config.attn_layer_period.max(8) } else { 16 };
     for (row, kinds) in layers.chunks(per_row).enumerate() {
-        let mixers: String = kinds
-            .iter()
-            .map(|k| if k.mixer == MixerKind::Attention { 'A' } else { 'M' })
-            .collect();
+        let mixers: String =
+            kinds.iter().map(|k| if k.mixer == MixerKind::Attention { 'A' } else { 'M' }).collect();
         let feed_forwards: String = kinds
             .iter()
             .map(|k| if k.feed_forward == FeedForwardKind::Moe { 'E' } else { '.' })
@@ -139,7 +137,8 @@ fn print_memory(config: &Config, context: Option<usize>) {
     contexts.dedup();
     for context in contexts {
         let kv = kv_bytes(config, context, Dtype::Bf16.size());
-        let all = |format| bytes(weight_bytes(config, format).saturating_add(kv).saturating_add(state));
+        let all =
+            |format| bytes(weight_bytes(config, format).saturating_add(kv).saturating_add(state));
         println!(
             "{:>10}   {:>16}   {:>20}   {:>20}",
             thousands(context as u64),
@@ -153,7 +152,8 @@ fn print_memory(config: &Config, context: Option<usize>) {
 /// Table 1 of arXiv 2403.19887: the KV cache at 256K tokens, 16 bit.
 fn print_table_1(config: &Config) {
     // Layers and key/value width of the models that the paper compares with.
-    let peers = [("Llama-2 7B", 32, 32 * 128), ("Mistral 7B", 32, 8 * 128), ("Mixtral 8x7B", 32, 8 * 128)];
+    let peers =
+        [("Llama-2 7B", 32, 32 * 128), ("Mistral 7B", 32, 8 * 128), ("Mixtral 8x7B", 32, 8 * 128)];
     let context = 256 << 10;
     println!("\nKV cache at 256K tokens, 16 bit (Table 1 of arXiv 2403.19887)");
     for (name, layers, kv_width) in peers {
@@ -181,7 +181,8 @@ fn check_weights(config: &Config, folder: &std::path::Path) -> Result<()> {
         }
         Ok::<_, jamba_core::Error>(())
     })?;
-    let sizes: Vec<_> = dtypes.iter().map(|(dtype, n)| format!("{} of {dtype}", bytes(*n))).collect();
+    let sizes: Vec<_> =
+        dtypes.iter().map(|(dtype, n)| format!("{} of {dtype}", bytes(*n))).collect();
     println!("\nWeights in this folder: complete; {}", sizes.join(", "));
     let unused = checkpoint.unused(&layout);
     if !unused.is_empty() {

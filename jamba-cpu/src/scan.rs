@@ -98,22 +98,22 @@ fn states<S: Simd, const N: usize>(
                     let x = load(&o.x.row(t)[at.clone()]);
                     let dt = softplus(s, s.add(load(&o.dt.row(t)[at.clone()]), dt_bias));
                     let dt_x = s.mul(dt, x);
-                    let (b, c_row) = (&o.b.row(t)[n0..n0 + N], &o.c.row(t)[n0..n0 + N]);
+                    let (b_row, c_row) = (&o.b.row(t)[n0..n0 + N], &o.c.row(t)[n0..n0 + N]);
                     let out = &mut y.row(t)[c..c + width];
                     let mut sum = if n0 == 0 { s.mul(d, x) } else { load(out) };
-                    for n in 0..N {
-                        let decay = exp(s, s.mul(dt, a[n]));
-                        h[n] = s.fma(decay, h[n], s.mul(dt_x, s.splat(b[n])));
-                        sum = s.fma(h[n], s.splat(c_row[n]), sum);
+                    for (((h, a), b), c) in h.iter_mut().zip(&a).zip(b_row).zip(c_row) {
+                        let decay = exp(s, s.mul(dt, *a));
+                        *h = s.fma(decay, *h, s.mul(dt_x, s.splat(*b)));
+                        sum = s.fma(*h, s.splat(*c), sum);
                     }
                     if n0 + N == d_state {
                         sum = s.mul(sum, silu(s, load(&o.z.row(t)[at.clone()])));
                     }
                     if width == S::LANES { s.store(sum, out) } else { s.store_partial(sum, out) }
                 }
-                for n in 0..N {
+                for (n, h) in h.into_iter().enumerate() {
                     let to = &mut state.row(run.slot * d_state + n0 + n)[c..c + width];
-                    s.store_partial(h[n], to);
+                    s.store_partial(h, to);
                 }
             }
             first += run.len;

@@ -52,12 +52,11 @@ impl Block<'_> {
     #[inline(always)]
     pub(crate) fn row(&mut self, row: usize) -> &mut [f32] {
         assert!(row < self.rows, "row {row} of {}", self.rows);
-        // SAFETY: the row lies within the matrix, and so do the columns; no other block has them,
-        // and this one is borrowed mutably for as long as the slice lives.
-        unsafe {
-            let start = self.values.add(row * self.stride + self.cols.start);
-            std::slice::from_raw_parts_mut(start, self.cols.len())
-        }
+        // SAFETY: the row lies within the matrix.
+        let start = unsafe { self.values.add(row * self.stride + self.cols.start) };
+        // SAFETY: so do these columns of it; no other block has them, and this one is borrowed
+        // mutably for as long as the slice lives.
+        unsafe { std::slice::from_raw_parts_mut(start, self.cols.len()) }
     }
 }
 

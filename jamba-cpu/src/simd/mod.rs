@@ -166,10 +166,19 @@ macro_rules! with_simd {
         use $crate::simd::{Isa, Simd};
         match $isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512($s) => $s.vectorize(#[inline(always)] || $body),
+            Isa::Avx512($s) => $s.vectorize(
+                #[inline(always)]
+                || $body,
+            ),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2($s) => $s.vectorize(#[inline(always)] || $body),
-            Isa::Portable($s) => $s.vectorize(#[inline(always)] || $body),
+            Isa::Avx2($s) => $s.vectorize(
+                #[inline(always)]
+                || $body,
+            ),
+            Isa::Portable($s) => $s.vectorize(
+                #[inline(always)]
+                || $body,
+            ),
         }
     }};
 }

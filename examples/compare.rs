@@ -1,0 +1,160 @@
+//! Two backends layer by layer, or two traces by name: where one departs from the other.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, ValueEnum};
+use jamba_core::random::RandomParams;
+use jamba_core::{
+    Backend, Batch, Checkpoint, Config, Dtype, Error, Limits, Model, Outputs, ParamSource, Result,
+};
+use jamba_cpu::{CpuBackend, ReferenceBackend};
+use jamba_examples::{demo_model, parse_ids, run};
+use jamba_tests::compare::{Difference, all_differences};
+use jamba_tests::golden::read_trace;
+use jamba_tests::lockstep::{LayerRunner, Layers, lockstep};
+use jamba_tests::oracle::OracleBackend;
+
+/// Runs a model on two backends in lockstep: every layer of B gets the input and the state that
+/// A's gets, and the largest and the mean error of its output and states are shown. With --trace,
+/// compares the tensors of two files by name instead, such as those that the trace example or
+/// another engine wrote.
+#[derive(Parser)]
+struct Args {
+    /// The backend that gives the inputs and the expected values.
+    #[arg(long, value_enum, default_value = "reference")]
+    a: On,
+    /// The backend that is compared with it.
+    #[arg(long, value_enum, default_value = "cpu")]
+    b: On,
+    /// Folder with config.json and safetensors [default: the demo model].
+    #[arg(long, value_name = "DIR", conflicts_with = "preset")]
+    model: Option<PathBuf>,
+    /// The shape of a published model, with random weights in bf16.
+    #[arg(long, value_name = "NAME")]
+    preset: Option<String>,
+    /// Seed of the random weights and tokens.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Layers of the preset to keep.
+    #[arg(long, value_name = "N", requires = "preset")]
+    layers: Option<std::num::NonZeroUsize>,
+    /// Token ids to run, separated by commas.
+    #[arg(long, value_name = "1,2,3", value_parser = parse_ids)]
+    ids: Option<std::vec::Vec<u32>>,
+    /// Random tokens to run where no ids are given.
+    #[arg(long, value_name = "N", default_value = "16", conflicts_with = "ids")]
+    tokens: std::num::NonZeroUsize,
+    /// Tokens per step.
+    #[arg(long, value_name = "N", default_value = "8")]
+    chunk: std::num::NonZeroUsize,
+    /// Prints JSON instead of a table.
+    #[arg(long)]
+    json: bool,
+    /// Compares two safetensors files: the expected values, then those compared with them.
+    #[arg(long, num_args = 2, value_names = ["A.safetensors", "B.safetensors"])]
+    trace: Option<Vec<PathBuf>>,
+}
+
+/// The backends there are: the one place to add another.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum On {
+    /// In f64, of the conformance kit.
+    Oracle,
+    /// One obvious loop per equation, in f64.
+    Reference,
+    /// Multi-threaded, vectorised.
+    Cpu,
+}
+
+impl On {
+    fn load(
+        self,
+        config: &Config,
+        source: &impl ParamSource,
+        limits: Limits,
+    ) -> Result<Box<dyn LayerRunner>> {
+        match self {
+            Self::Oracle => layers(OracleBackend, config, source, limits),
+            Self::Reference => layers(ReferenceBackend, config, source, limits),
+            Self::Cpu => layers(CpuBackend::new(), config, source, limits),
+        }
+    }
+}
+
+fn layers<B: Backend + 'static>(
+    backend: B,
+    config: &Config,
+    source: &impl ParamSource,
+    limits: Limits,
+) -> Result<Box<dyn LayerRunner>> {
+    Ok(Box::new(Layers::new(Model::new(config.clone(), source, backend)?, limits)?))
+}
+
+fn main() -> ExitCode {
+    run(|| {
+        let args = Args::parse();
+        match &args.trace {
+            Some(files) => traces(files, args.json),
+            None => match &args.preset {
+                Some(name) => {
+                    let mut config = Config::preset(name)?;
+                    if let Some(layers) = args.layers {
+                        config.num_hidden_layers = layers.get();
+                    }
+                    let source = RandomParams { seed: args.seed, dtype: Dtype::Bf16 };
+                    backends(&args, &config, &source)
+                }
+                None => {
+                    let folder = args.model.clone().unwrap_or_else(demo_model);
+                    let config = Config::from_folder(&folder)?;
+                    backends(&args, &config, &Checkpoint::open(&folder)?)
+                }
+            },
+        }
+    })
+}
+
+fn backends(args: &Args, config: &Config, source: &impl ParamSource) -> Result<()> {
+    let ids = args.ids.clone().unwrap_or_else(|| {
+        // Weyl's sequence: ids all over the vocabulary.
+        let id = |i: usize| (i as u64 + args.seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+        (0..args.tokens.get()).map(|i| (id(i) % config.vocab_size as u64) as u32).collect()
+    });
+    if ids.is_empty() {
+        return Err(Error::EmptyPrompt);
+    }
+    let chunk = args.chunk.get().min(ids.len());
+    let limits = Limits { slots: 1, context: ids.len(), tokens: chunk, outputs: chunk };
+    let mut a = args.a.load(config, source, limits)?;
+    let mut b = args.b.load(config, source, limits)?;
+    let chunks = ids.chunks(chunk).enumerate();
+    let batches: Vec<Batch> =
+        chunks.map(|(i, ids)| Batch::single(0, i * chunk, ids, Outputs::All)).collect();
+    let report = lockstep(&mut *a, &mut *b, &batches)?;
+    if args.json {
+        println!("{:#}", report.to_json());
+    } else {
+        println!("{report}");
+    }
+    Ok(())
+}
+
+fn traces(files: &[PathBuf], json: bool) -> Result<()> {
+    let (expected, got) = (read_trace(&files[0])?, read_trace(&files[1])?);
+    let differences = all_differences(&got, &expected);
+    if json {
+        let row = |d: &Difference| {
+            serde_json::json!({
+                "name": d.name, "largest": d.element, "rms": d.rms, "worst": d.worst,
+                "fault": d.fault,
+            })
+        };
+        println!("{:#}", differences.iter().map(row).collect::<serde_json::Value>());
+        return Ok(());
+    }
+    println!("{} against {}", files[1].display(), files[0].display());
+    println!("errors as shares of the largest value, and root mean squares (rms)\n");
+    differences.iter().for_each(|d| println!("{d}"));
+    Ok(())
+}
