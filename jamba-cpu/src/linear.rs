@@ -145,5 +145,12 @@ pub(crate) fn tile<S: Simd, E: Element, const M: usize, const N: usize>(
             }
         }
     }
-    sums.map(|row| row.map(|sum| s.sum(sum)))
+    // Loops, because closures given to `array::map` are compiled for the plain instruction set.
+    let mut out = [[0.0; N]; M];
+    for (out, sums) in out.iter_mut().zip(sums) {
+        for (out, sum) in out.iter_mut().zip(sums) {
+            *out = s.sum(sum);
+        }
+    }
+    out
 }
