@@ -1,6 +1,6 @@
 //! Text from a Hugging Face folder.
 
-use std::io::{IsTerminal, Read, Write};
+use std::io::{IsTerminal, Read};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::mpsc;
@@ -11,14 +11,16 @@ use jamba_core::{
     Error, FinishReason, GenerateOptions, Generator, Result, Sampling, SessionOptions, Tokenizer,
     Usage,
 };
-use jamba_examples::{BackendName, demo_model, run};
+use jamba_examples::{BackendName, demo_model, print, run};
 use serde_json::json;
 
 /// Continues a text with a Jamba model. Without arguments, the demo model tells a story.
 ///
 /// The text goes to stdout, everything else to stderr. Sampling options that are not given are
-/// those of the model's generation_config.json; without that file it is greedy. The same seed
-/// gives the same text, whatever the number of threads (RAYON_NUM_THREADS sets it).
+/// those of the model's generation_config.json. Without that file it is greedy, unless a sampling
+/// option or a seed is given: then the temperature is 1. The same seed gives the same text,
+/// whatever the number of threads (RAYON_NUM_THREADS sets it). What is piped in is continued as
+/// it is, a newline at its end included.
 #[derive(Parser)]
 struct Args {
     /// Folder with config.json, tokenizer.json and safetensors [default: the demo model].
@@ -34,7 +36,7 @@ struct Args {
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_tokens: usize,
     /// Divides the logits: 0 always takes the most probable token.
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
     temperature: Option<f32>,
     /// Keep only the K most probable tokens (0: all).
     #[arg(long, value_name = "K")]
@@ -57,9 +59,9 @@ struct Args {
     /// Added to the logit of a token; may be given several times.
     #[arg(long, value_name = "ID=X", value_parser = parse_bias)]
     logit_bias: Vec<(u32, f32)>,
-    /// Seed of the random numbers.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
+    /// Seed of the random numbers [default: 0].
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
     /// End the text before this string; may be given several times.
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
@@ -73,7 +75,7 @@ struct Args {
     #[arg(long, value_name = "N", default_value = "512")]
     chunk: std::num::NonZeroUsize,
     /// Print the text as it is generated [default].
-    #[arg(long, overrides_with = "no_stream")]
+    #[arg(long, conflicts_with_all = ["no_stream", "json"])]
     stream: bool,
     /// Print the text when it is complete.
     #[arg(long)]
@@ -99,6 +101,7 @@ fn generate(args: &Args) -> Result<()> {
         max_tokens: args.max_tokens,
         stop: args.stop.clone(),
         ignore_eos: args.ignore_eos,
+        ..GenerateOptions::default()
     };
 
     let start = Instant::now();
@@ -119,7 +122,7 @@ fn generate(args: &Args) -> Result<()> {
     let stream = !args.json && !args.no_stream;
     let mut output = Output::default();
     if stream && !args.no_echo {
-        output.print(&prompt);
+        print(&prompt)?;
     }
     for piece in &mut generator {
         let piece = piece?;
@@ -128,8 +131,8 @@ fn generate(args: &Args) -> Result<()> {
             output.logprobs.push(piece.logprob);
         }
         output.text.push_str(&piece.text);
-        if stream && !output.print(&piece.text) {
-            return Ok(());
+        if stream {
+            print(&piece.text)?;
         }
     }
 
@@ -140,14 +143,13 @@ fn generate(args: &Args) -> Result<()> {
         // A model with a beginning-of-text token starts an empty prompt from it.
         let bos = model.config().bos_token_id;
         let prompt_ids = if ids.is_empty() { bos.into_iter().collect() } else { ids };
-        output.print(&format!("{}\n", output.json(&prompt_ids, reason, load, usage)));
-        return Ok(());
+        return print(&format!("{}\n", output.json(&prompt_ids, reason, load, usage)));
     }
     if !stream {
         let echo = if args.no_echo { "" } else { &prompt };
-        output.print(&format!("{echo}{}", output.text));
+        print(&format!("{echo}{}", output.text))?;
     }
-    output.print("\n");
+    print("\n")?;
     eprintln!(
         "[{} on {}: loaded in {:.0} ms; prompt {} tokens at {:.0}/s; generated {} at {:.0}/s; end: {reason}]",
         folder.display(),
@@ -169,12 +171,6 @@ struct Output {
 }
 
 impl Output {
-    /// Prints at once. False if nobody reads any more.
-    fn print(&self, text: &str) -> bool {
-        let mut stdout = std::io::stdout().lock();
-        stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).is_ok()
-    }
-
     fn json(
         &self,
         prompt_ids: &[u32],
@@ -204,8 +200,12 @@ fn rate(tokens: usize, time: Duration) -> f64 {
 
 fn sampling(args: &Args, folder: &Path) -> Result<Sampling> {
     let model = Sampling::from_folder(folder)?;
+    let filters = [args.top_p, args.min_p].iter().any(Option::is_some);
+    let wants_chance = filters || args.top_k.is_some() || args.seed.is_some();
+    let greedy = model.temperature == 0.0;
+    let temperature = if greedy && wants_chance { 1.0 } else { model.temperature };
     Ok(Sampling {
-        temperature: args.temperature.unwrap_or(model.temperature),
+        temperature: args.temperature.unwrap_or(temperature),
         top_k: args.top_k.unwrap_or(model.top_k),
         top_p: args.top_p.unwrap_or(model.top_p),
         min_p: args.min_p.unwrap_or(model.min_p),
@@ -213,7 +213,7 @@ fn sampling(args: &Args, folder: &Path) -> Result<Sampling> {
         presence_penalty: args.presence_penalty,
         frequency_penalty: args.frequency_penalty,
         logit_bias: args.logit_bias.clone(),
-        seed: args.seed,
+        seed: args.seed.unwrap_or(0),
     })
 }
 

@@ -1,6 +1,6 @@
 //! What a model is made of and what it needs: schedule, parameters, memory by context.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -9,7 +9,7 @@ use jamba_core::preset;
 use jamba_core::schedule::{FeedForwardKind, MixerKind, ParamCount, Schedule};
 use jamba_core::weights::{ParamSpec, Weights};
 use jamba_core::{Checkpoint, Config, Dtype, ParamSource, Result, Role};
-use jamba_examples::{demo_model, run};
+use jamba_examples::{demo_model, print, run};
 
 /// Shows the schedule of a model's layers, its parameters in total and active, and the memory it
 /// needs by context.
@@ -25,6 +25,14 @@ struct Args {
     /// Show this context too, in tokens.
     #[arg(long, value_name = "N")]
     context: Option<usize>,
+}
+
+/// Adds a line to a text.
+macro_rules! line {
+    ($out:expr, $($arg:tt)*) => {{
+        $out.push_str(&format!($($arg)*));
+        $out.push('\n');
+    }};
 }
 
 fn presets() -> String {
@@ -47,20 +55,21 @@ fn inspect(args: &Args) -> Result<()> {
             (folder.display().to_string(), Config::from_folder(&folder)?, Some(folder))
         }
     };
-    println!("{title}\n");
-    print_sizes(&config);
-    print_schedule(&config);
-    print_parameters(&config);
-    print_memory(&config, args.context);
-    print_table_1(&config);
-    match folder {
-        Some(folder) => check_weights(&config, &folder),
-        None => Ok(()),
+    let mut out = format!("{title}\n\n");
+    sizes(&mut out, &config);
+    schedule(&mut out, &config);
+    parameters(&mut out, &config);
+    memory(&mut out, &config, args.context);
+    table_1(&mut out, &config);
+    if let Some(folder) = folder {
+        check_weights(&mut out, &config, &folder)?;
     }
+    print(&out)
 }
 
-fn print_sizes(c: &Config) {
-    println!(
+fn sizes(out: &mut String, c: &Config) {
+    line!(
+        out,
         "hidden {}, vocabulary {}{}, {} query heads and {} key/value heads of {}",
         c.hidden_size,
         c.vocab_size,
@@ -69,7 +78,8 @@ fn print_sizes(c: &Config) {
         c.num_key_value_heads,
         c.head_dim,
     );
-    println!(
+    line!(
+        out,
         "Mamba: d_inner {}, d_state {}, d_conv {}, dt_rank {}; MLP and experts: {} wide",
         c.d_inner(),
         c.mamba_d_state,
@@ -79,8 +89,8 @@ fn print_sizes(c: &Config) {
     );
 }
 
-fn print_schedule(config: &Config) {
-    println!("\nSchedule: M Mamba, A attention; . MLP, E experts ({})", experts(config));
+fn schedule(out: &mut String, config: &Config) {
+    line!(out, "\nSchedule: M Mamba, A attention; . MLP, E experts ({})", experts(config));
     let layers: Vec<_> = Schedule::new(config).iter().collect();
     let per_row = if config.attn_layer_period <= 16 { config.attn_layer_period.max(8) } else { 16 };
     for (row, kinds) in layers.chunks(per_row).enumerate() {
@@ -92,7 +102,7 @@ fn print_schedule(config: &Config) {
             .collect();
         let first = row * per_row;
         let last = first + kinds.len() - 1;
-        println!("  layers {first:3} to {last:3}   {mixers}   {feed_forwards}");
+        line!(out, "  layers {first:3} to {last:3}   {mixers}   {feed_forwards}");
     }
 }
 
@@ -103,9 +113,9 @@ fn experts(config: &Config) -> String {
     }
 }
 
-fn print_parameters(config: &Config) {
+fn parameters(out: &mut String, config: &Config) {
     let count = ParamCount::new(config);
-    println!("\nParameters: {} total, {} active", millions(count.total), millions(count.active));
+    line!(out, "\nParameters: {} total, {} active", millions(count.total), millions(count.active));
     let parts: [(&str, &[Role]); 5] = [
         ("embedding and head", &[Role::Embedding, Role::Head]),
         ("mixers", &[Role::Linear, Role::Conv, Role::A]),
@@ -119,18 +129,19 @@ fn print_parameters(config: &Config) {
             sum += if roles.contains(&spec.role) { spec.elements() } else { 0 };
         });
         let share = 100.0 * sum as f64 / count.total as f64;
-        println!("  {name:20} {:>12}  {share:5.1} %", millions(sum));
+        line!(out, "  {name:20} {:>12}  {share:5.1} %", millions(sum));
     }
 }
 
-fn print_memory(config: &Config, context: Option<usize>) {
-    println!("\nWeights");
+fn memory(out: &mut String, config: &Config, context: Option<usize>) {
+    line!(out, "\nWeights by format (those in int8 are to plan with: nothing runs them yet)");
     for format in WeightFormat::ALL {
-        println!("  {format:20} {:>12}", bytes(weight_bytes(config, format)));
+        line!(out, "  {format:20} {:>12}", bytes(weight_bytes(config, format)));
     }
     let state = mamba_state_bytes(config, Dtype::Bf16.size());
-    println!("\nMamba state, any context {:>10} a sequence", bytes(state));
-    println!("\nContext      KV cache, 16 bit   all, weights in bf16   all, in experts-int8");
+    line!(out, "\nMamba state, any context {:>10} a sequence", bytes(state));
+    line!(out, "The CPU backends keep keys, values and states in f32: twice the KV cache below.");
+    line!(out, "\nContext      KV cache, 16 bit   all, weights in bf16   all, in experts-int8");
     let mut contexts = vec![4 << 10, 32 << 10, 128 << 10, 256 << 10, 1 << 20];
     contexts.extend(context);
     contexts.sort_unstable();
@@ -139,7 +150,8 @@ fn print_memory(config: &Config, context: Option<usize>) {
         let kv = kv_bytes(config, context, Dtype::Bf16.size());
         let all =
             |format| bytes(weight_bytes(config, format).saturating_add(kv).saturating_add(state));
-        println!(
+        line!(
+            out,
             "{:>10}   {:>16}   {:>20}   {:>20}",
             thousands(context as u64),
             bytes(kv),
@@ -150,24 +162,24 @@ fn print_memory(config: &Config, context: Option<usize>) {
 }
 
 /// Table 1 of arXiv 2403.19887: the KV cache at 256K tokens, 16 bit.
-fn print_table_1(config: &Config) {
+fn table_1(out: &mut String, config: &Config) {
     // Layers and key/value width of the models that the paper compares with.
     let peers =
         [("Llama-2 7B", 32, 32 * 128), ("Mistral 7B", 32, 8 * 128), ("Mixtral 8x7B", 32, 8 * 128)];
     let context = 256 << 10;
-    println!("\nKV cache at 256K tokens, 16 bit (Table 1 of arXiv 2403.19887)");
+    line!(out, "\nKV cache at 256K tokens, 16 bit (Table 1 of arXiv 2403.19887)");
     for (name, layers, kv_width) in peers {
-        println!("  {name:14} {:>12}", bytes(context * layers * 2 * kv_width * 2));
+        line!(out, "  {name:14} {:>12}", bytes(context * layers * 2 * kv_width * 2));
     }
     let this = kv_bytes(config, context as usize, Dtype::Bf16.size());
-    println!("  {:14} {:>12}", "this model", bytes(this));
+    line!(out, "  {:14} {:>12}", "this model", bytes(this));
 }
 
 /// Reads the headers of the weights, if they are there, and checks every tensor's name and shape.
-fn check_weights(config: &Config, folder: &std::path::Path) -> Result<()> {
+fn check_weights(out: &mut String, config: &Config, folder: &Path) -> Result<()> {
     let checkpoint = match Checkpoint::open(folder) {
         Err(jamba_core::Error::Missing { wanted, .. }) => {
-            println!("\nNo weights here ({wanted}).");
+            line!(out, "\nNo weights here ({wanted}).");
             return Ok(());
         }
         opened => opened?,
@@ -183,10 +195,10 @@ fn check_weights(config: &Config, folder: &std::path::Path) -> Result<()> {
     })?;
     let sizes: Vec<_> =
         dtypes.iter().map(|(dtype, n)| format!("{} of {dtype}", bytes(*n))).collect();
-    println!("\nWeights in this folder: complete; {}", sizes.join(", "));
+    line!(out, "\nWeights in this folder: complete; {}", sizes.join(", "));
     let unused = checkpoint.unused(&layout);
     if !unused.is_empty() {
-        println!("  {} tensors are not part of this model: {}", unused.len(), unused[0]);
+        line!(out, "  {} tensors are not part of this model: {}", unused.len(), unused[0]);
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! What the examples have in common: choosing a model and a backend, failing with a message.
 
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -14,6 +15,10 @@ pub enum BackendName {
     Cpu,
     /// One obvious loop per equation, in f64: slow, and what others are held to.
     Reference,
+    /// The first NVIDIA GPU, bf16 weights and products (built with `--features cuda`).
+    Cuda,
+    /// The first NVIDIA GPU, everything in f32 (built with `--features cuda`).
+    CudaF32,
 }
 
 impl BackendName {
@@ -25,8 +30,31 @@ impl BackendName {
         Ok(match self {
             Self::Cpu => Box::new(Model::load(folder, CpuBackend::new())?),
             Self::Reference => Box::new(Model::load(folder, ReferenceBackend)?),
+            #[cfg(feature = "cuda")]
+            Self::Cuda => Box::new(Model::load(folder, cuda(jamba_cuda::Precision::Bf16)?)?),
+            #[cfg(feature = "cuda")]
+            Self::CudaF32 => Box::new(Model::load(folder, cuda(jamba_cuda::Precision::F32)?)?),
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda | Self::CudaF32 => return Err(without_cuda()),
         })
     }
+}
+
+/// The first GPU.
+///
+/// # Errors
+/// What is missing, or what the card says.
+#[cfg(feature = "cuda")]
+pub fn cuda(precision: jamba_cuda::Precision) -> Result<jamba_cuda::CudaBackend> {
+    let options = jamba_cuda::CudaOptions { precision, ..Default::default() };
+    Ok(jamba_cuda::CudaBackend::with_options(options)?)
+}
+
+/// What to say where a GPU is asked for and was not built in.
+#[cfg(not(feature = "cuda"))]
+pub fn without_cuda() -> Error {
+    let what = "GPUs in this build: add `--features cuda` to the cargo command".into();
+    Error::Unsupported { backend: "cuda", what }
 }
 
 /// The demo model: in `models/` of the working directory, else where this was built from.
@@ -35,7 +63,8 @@ pub fn demo_model() -> PathBuf {
     if name.is_dir() {
         return name.to_owned();
     }
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(name)
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent();
+    root.unwrap_or(Path::new(".")).join(name)
 }
 
 /// Runs an example: an error is printed to stderr, with exit code 2 where the input is to blame
@@ -45,9 +74,25 @@ pub fn run(main: impl FnOnce() -> Result<()>) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");
-            let innocent = matches!(error, Error::Device { .. } | Error::Poisoned);
+            let innocent = matches!(
+                error,
+                Error::Device { .. } | Error::Poisoned | Error::EngineStopped | Error::Step { .. }
+            );
             ExitCode::from(if innocent { 1 } else { 2 })
         }
+    }
+}
+
+/// Prints results, at once. Ends the program quietly if nobody reads them any more.
+///
+/// # Errors
+/// [`Error::Io`] if they cannot be written.
+pub fn print(text: &str) -> Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Ok(()) => Ok(()),
+        Err(e) if e.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
+        Err(source) => Err(Error::Io { path: "stdout".into(), source }),
     }
 }
 

@@ -110,6 +110,17 @@ fn generate_refuses_bad_input() {
 }
 
 #[test]
+#[cfg(target_os = "linux")]
+fn output_that_cannot_be_written_is_an_error() {
+    for name in ["generate", "inspect"] {
+        let full = std::fs::File::create("/dev/full").unwrap();
+        let output = example(name).stdout(full).output().unwrap();
+        let err = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && err.contains("error: stdout"), "{name}: {err}");
+    }
+}
+
+#[test]
 fn trace_writes_the_golden_names() {
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("trace.safetensors");
@@ -152,4 +163,66 @@ fn inspect_prints_table_1_and_checks_weights() {
     let (out, _) = success(example("inspect").args(["--context", "777"]));
     assert!(out.contains("complete") && out.contains("777"), "{out}");
     refused(example("inspect").args(["--preset", "gpt-2"]), &["gpt-2", "jamba-v0.1"]);
+}
+
+#[test]
+fn batch_gives_the_same_texts_with_any_number_of_slots() {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("prompts.txt");
+    std::fs::write(&file, "A fox\n\nAn owl said\nOnce upon a time\n").unwrap();
+    let texts = |slots: &str| {
+        let args = ["--max-tokens", "9", "--slots", slots];
+        success(example("batch").arg(&file).args(args))
+    };
+    let (one, err) = texts("1");
+    assert_eq!(one.lines().filter(|line| line.starts_with("An owl said")).count(), 1, "{one}");
+    assert!(err.contains("3 prompts through 1 slots") && err.contains("/s"), "{err}");
+    assert_eq!(texts("3").0, one);
+}
+
+#[test]
+fn batch_reads_json_lines() {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("prompts.jsonl");
+    let lines = "{\"prompt\": \"A fox\", \"max_tokens\": 2}\n{\"prompt\": \"An owl\"}\n";
+    std::fs::write(&file, lines).unwrap();
+    let args = ["--json", "--max-tokens", "4", "--ignore-eos"];
+    let (out, _) = success(example("batch").arg(&file).args(args));
+    let json: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(json[0]["ids"].as_array().unwrap().len(), 2);
+    assert_eq!(json[1]["usage"]["generated_tokens"], 4);
+    std::fs::write(&file, "{\"text\": 1}\n").unwrap();
+    refused(example("batch").arg(&file), &["string `prompt`"]);
+    refused(example("batch").arg("/no/file"), &["/no/file"]);
+}
+
+#[test]
+fn fork_says_what_rewinding_cost() {
+    let folder = TempDir::new().unwrap();
+    let state = folder.path().join("state.safetensors");
+    let args = ["--forks", "2", "--max-tokens", "4", "--state"];
+    let (out, err) = success(example("fork").args(args).arg(&state));
+    assert_eq!(out.matches("Once upon a time there was a fox who").count(), 2, "{out}");
+    assert!(out.contains("Once upon a time there was a bear that"), "{out}");
+    assert!(err.contains("2 tokens taken back"), "{err}");
+    assert_eq!(success(example("fork").args(args).arg(&state)).0, out, "from the file");
+    refused(example("fork").args(["--rewind", "99"]), &["rewind"]);
+}
+
+#[test]
+fn perplexity_of_a_file() {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("text.txt");
+    std::fs::write(&file, "Once upon a time there was a fox who lived in a wood. ".repeat(5))
+        .unwrap();
+    let (whole, _) = success(example("perplexity").arg(&file).arg("--json"));
+    let whole: Value = serde_json::from_str(&whole).unwrap();
+    let perplexity = whole["perplexity"].as_f64().unwrap();
+    assert!(perplexity > 1.0 && perplexity < 100.0, "{whole}");
+    assert!((whole["mean_nll"].as_f64().unwrap().exp() - perplexity).abs() < 1e-9);
+    let args = ["--window", "20", "--overlap", "8"];
+    let (out, err) = success(example("perplexity").arg(&file).args(args));
+    assert!(out.starts_with("mean nll") && err.lines().count() > 3, "{out}{err}");
+    refused(example("perplexity").arg(&file).args(["--overlap", "0"]), &["overlap"]);
+    refused(example("perplexity").arg("/no/file"), &["/no/file"]);
 }

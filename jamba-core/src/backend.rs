@@ -10,8 +10,10 @@ use crate::batch::Batch;
 use crate::compose;
 use crate::config::Config;
 use crate::error::Result;
+use crate::memory;
 use crate::tensor::Param;
 use crate::trace::Activation;
+use crate::transfer;
 use crate::weights::{Attention, Mamba, Mlp, Moe, Weights};
 
 /// Some columns of a row-major tensor: the only stride in the system.
@@ -210,6 +212,66 @@ pub trait Backend: Sized {
         positions: usize,
         values: &[f32],
     ) -> Result<()>;
+    /// Reads some positions of the keys or values, `(num_kv_heads, positions.len(), head_dim)`.
+    ///
+    /// Provided: reads all positions up to the last of them. Override it to read no more.
+    fn read_positions(
+        &self,
+        config: &Config,
+        state: &Self::State,
+        layer: usize,
+        part: StatePart,
+        slot: usize,
+        positions: Range<usize>,
+    ) -> Result<Vec<f32>> {
+        let all = self.read_state(state, layer, part, slot, positions.end)?;
+        Ok(transfer::cut(&all, config.num_key_value_heads, positions.end, positions))
+    }
+    /// Writes what [`read_positions`](Self::read_positions) returned; earlier positions stay.
+    ///
+    /// Provided: reads the earlier positions and writes all. Override it to write no more.
+    fn write_positions(
+        &self,
+        config: &Config,
+        state: &mut Self::State,
+        layer: usize,
+        part: StatePart,
+        slot: usize,
+        positions: Range<usize>,
+        values: &[f32],
+    ) -> Result<()> {
+        let before = self.read_state(state, layer, part, slot, positions.start)?;
+        let all = transfer::join(&[&before, values], config.num_key_value_heads);
+        self.write_state(state, layer, part, slot, positions.end, &all)
+    }
+    /// Makes slot `to` hold what slot `from` does, a sequence of `positions` tokens.
+    ///
+    /// Provided: through the host. Override it to copy on the device.
+    fn copy_slot(
+        &self,
+        config: &Config,
+        state: &mut Self::State,
+        from: usize,
+        to: usize,
+        positions: usize,
+    ) -> Result<()> {
+        for (layer, part) in transfer::parts(config) {
+            let values = self.read_state(state, layer, part, from, positions)?;
+            self.write_state(state, layer, part, to, positions, &values)?;
+        }
+        Ok(())
+    }
+    /// Bytes that [`new_state`](Self::new_state) takes for a sequence of `positions` tokens.
+    ///
+    /// Provided: everything in f32.
+    fn sequence_bytes(&self, config: &Config, positions: usize) -> u64 {
+        memory::sequence_bytes(config, positions, 4)
+    }
+    /// Whether cutting a prompt into other chunks, or sharing a step with other sequences, never
+    /// changes a bit of the result. Where it may, a replay repeats the steps as they were.
+    fn is_chunk_invariant(&self) -> bool {
+        false
+    }
     /// Makes `batch` the batch that operators work on: the step's only upload. The caller has
     /// checked it ([`Batch::check`]).
     fn stage(&self, state: &mut Self::State, batch: &Batch) -> Result<()>;

@@ -18,6 +18,8 @@ use crate::weights::{ParamSpec, Source, Weights};
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
+const LFS_POINTER: &str = "it is a Git LFS pointer, not the file itself: run `git lfs pull`";
+
 /// Where parameters come from.
 pub trait ParamSource {
     /// The parameter that `spec` describes.
@@ -113,8 +115,11 @@ impl Checkpoint {
         // the file while it is mapped is asked of the user in the documentation of `Checkpoint`.
         #[allow(unsafe_code)]
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io(&path))?;
-        let (header, metadata) = SafeTensors::read_metadata(&map)
-            .map_err(|e| Error::Safetensors { path: path.clone(), reason: e.to_string() })?;
+        let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|e| {
+            let pointer = map.starts_with(b"version https://git-lfs");
+            let reason = if pointer { LFS_POINTER.into() } else { e.to_string() };
+            Error::Safetensors { path: path.clone(), reason }
+        })?;
         let data = 8 + header;
         let shard = self.shards.len();
         let stored = metadata.tensors().into_iter().map(|(name, info)| {
@@ -187,6 +192,21 @@ impl Checkpoint {
         }
         unused.retain(|name| !used.contains(name));
         unused
+    }
+
+    /// Refuses tensors that the model of this layout does not use.
+    ///
+    /// # Errors
+    /// [`Error::UnusedTensors`].
+    pub fn check_unused(&self, layout: &Weights<ParamSpec>) -> Result<()> {
+        match self.unused(layout).as_slice() {
+            [] => Ok(()),
+            unused @ [first, ..] => Err(Error::UnusedTensors {
+                path: self.folder.clone(),
+                count: unused.len(),
+                name: first.clone(),
+            }),
+        }
     }
 
     fn lacks(&self, name: &str) -> Error {

@@ -290,15 +290,26 @@ fn heads_do_not_divide(heads: usize, hidden_size: usize) -> Error {
     config_error("num_attention_heads", heads, allowed)
 }
 
+/// The error of a folder that lacks `wanted`, which says what is there instead.
 pub(crate) fn missing(folder: &Path, wanted: &'static str) -> Error {
-    if folder.is_dir() {
-        Error::Missing { folder: folder.to_owned(), wanted }
-    } else {
-        Error::Io {
-            path: folder.to_owned(),
-            source: std::io::Error::new(std::io::ErrorKind::NotFound, "no such folder"),
-        }
+    let problem = |reason: &str| Error::Io {
+        path: folder.to_owned(),
+        source: std::io::Error::new(std::io::ErrorKind::NotFound, reason),
+    };
+    if folder.is_file() {
+        return problem("this is a file: the folder that it is in is expected");
     }
+    if !folder.is_dir() {
+        return problem("no such folder (models are not downloaded from the Hugging Face Hub)");
+    }
+    let (folder, has) = (folder.to_owned(), |name: &str| folder.join(name).exists());
+    let instead = ["pytorch_model.bin", "pytorch_model.bin.index.json", "tokenizer.model"];
+    let instead = instead.into_iter().filter(|name| match *name {
+        "tokenizer.model" => wanted.starts_with("tokenizer"),
+        _ => wanted.starts_with("model"),
+    });
+    let found = instead.into_iter().find(|name| has(name));
+    Error::Missing { folder: folder.clone(), wanted, found }
 }
 
 /// The JSON in `path`; `None` if there is no such file.

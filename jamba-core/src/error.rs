@@ -9,21 +9,29 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A file or folder could not be read.
-    #[error("cannot read {}: {source}", path.display())]
+    /// A file or folder could not be read or written.
+    #[error("{}: {source}", path.display())]
     Io {
-        /// What was to be read.
+        /// The file or folder.
         path: PathBuf,
-        /// Why it was not.
+        /// What the system said.
         source: std::io::Error,
     },
     /// A model folder lacks something that every model folder has.
-    #[error("{} has no {wanted}: a Hugging Face model folder is expected", folder.display())]
+    #[error(
+        "{} has no {wanted}: {}",
+        folder.display(),
+        found.map_or("a Hugging Face model folder is expected".into(), |f| {
+            format!("it has {f}, which must be converted first")
+        })
+    )]
     Missing {
         /// The folder searched.
         folder: PathBuf,
         /// The file or files, any of which would do.
         wanted: &'static str,
+        /// A file of another format that would do if it were converted.
+        found: Option<&'static str>,
     },
     /// A file is not the JSON it should be.
     #[error("{} is not valid JSON: {source}", path.display())]
@@ -74,6 +82,20 @@ pub enum Error {
         name: String,
         /// File or folder of the checkpoint.
         path: PathBuf,
+    },
+    /// The checkpoint has tensors that the configuration does not.
+    #[error(
+        "{count} tensors of {} are not part of the model that config.json describes, \
+         `{name}` among them: the two do not belong together",
+        path.display()
+    )]
+    UnusedTensors {
+        /// Folder of the checkpoint.
+        path: PathBuf,
+        /// How many.
+        count: usize,
+        /// One of them.
+        name: String,
     },
     /// A tensor of the checkpoint has another shape than the configuration says.
     #[error(
@@ -166,6 +188,14 @@ pub enum Error {
         /// Tokens of context when it was seen.
         position: usize,
     },
+    /// The machine does not have as much memory.
+    #[error("{bytes} bytes for {what} cannot be allocated: ask for a smaller context or batch")]
+    Memory {
+        /// What they are for.
+        what: &'static str,
+        /// How many; `u64::MAX` if they are more.
+        bytes: u64,
+    },
     /// An option has a value that makes no sense.
     #[error("option `{option}` is {value}, but {allowed}")]
     Option {
@@ -177,8 +207,57 @@ pub enum Error {
         allowed: &'static str,
     },
     /// An earlier step failed, so the state is no longer that of any token sequence.
-    #[error("an earlier step of this session failed: reset it before going on")]
+    #[error("an earlier step of this session failed: reset, rewind or restore it before going on")]
     Poisoned,
+    /// A session was to go back to where it has not been.
+    #[error("cannot rewind to position {position}: the session holds {held} tokens")]
+    Rewind {
+        /// Asked for.
+        position: usize,
+        /// Tokens that the session holds.
+        held: usize,
+    },
+    /// A file is not a saved state, or not a whole one.
+    #[error("{} is not a usable state: {reason}", path.display())]
+    StateFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A state belongs to another model.
+    #[error("the state is of another model: its {what} is {state}, this model's is {model}")]
+    StateMismatch {
+        /// What differs.
+        what: String,
+        /// In the state.
+        state: String,
+        /// In the model.
+        model: String,
+    },
+    /// A request came while as many as allowed were waiting.
+    #[error("the engine's queue is full: {limit} requests wait already")]
+    QueueFull {
+        /// Requests that may wait.
+        limit: usize,
+    },
+    /// More memory for states than a budget allows.
+    #[error("{needed} bytes of state are needed, the budget is {budget}")]
+    Budget {
+        /// For what was asked.
+        needed: u64,
+        /// The most that may be used.
+        budget: u64,
+    },
+    /// The engine was shut down, or its thread has ended.
+    #[error("the engine has stopped")]
+    EngineStopped,
+    /// The step failed that several requests had part in.
+    #[error("the step that this request was part of failed: {source}")]
+    Step {
+        /// What the backend reported.
+        source: std::sync::Arc<Error>,
+    },
     /// The backend does not do this.
     #[error("the {backend} backend does not support {what}")]
     Unsupported {

@@ -7,12 +7,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::sampler::{Sampled, Sampler, Sampling};
+use crate::logprobs::{Scored, TokenLogProb, scored};
+use crate::sampler::Sampling;
 use crate::session::Session;
-use crate::tokenizer::{Decoder, Tokenizer};
+use crate::tokenizer::Tokenizer;
 
+mod stops;
 #[cfg(test)]
 mod tests;
+mod writer;
+
+#[cfg(test)]
+use stops::Stops;
+pub(crate) use writer::Writer;
 
 /// What to generate and when to stop.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,11 +33,23 @@ pub struct GenerateOptions {
     pub stop: Vec<String>,
     /// Whether to go on after an end-of-text token.
     pub ignore_eos: bool,
+    /// The most probable tokens that each piece is to name, with their probabilities.
+    pub logprobs: usize,
+    /// Whether the tokens of the prompt are to be scored too, and how many of the most probable
+    /// tokens each score is to name.
+    pub prompt_logprobs: Option<usize>,
 }
 
 impl Default for GenerateOptions {
     fn default() -> Self {
-        Self { sampling: Sampling::default(), max_tokens: 256, stop: Vec::new(), ignore_eos: false }
+        Self {
+            sampling: Sampling::default(),
+            max_tokens: 256,
+            stop: Vec::new(),
+            ignore_eos: false,
+            logprobs: 0,
+            prompt_logprobs: None,
+        }
     }
 }
 
@@ -95,8 +114,10 @@ impl fmt::Display for FinishReason {
 pub struct Piece {
     /// The token; `None` in a last piece that only brings text that was held back.
     pub id: Option<u32>,
-    /// [`Sampled::logprob`] of the token; 0 without one.
+    /// [`Sampled::logprob`](crate::Sampled::logprob) of the token; 0 without one.
     pub logprob: f32,
+    /// The [`GenerateOptions::logprobs`] most probable tokens in its place, most probable first.
+    pub top: Vec<TokenLogProb>,
     /// Whole characters. Empty while they may be the beginning of a stop string, or bytes of a
     /// character are still missing.
     pub text: String,
@@ -126,11 +147,9 @@ pub struct Usage {
 pub struct Generator<'a> {
     session: &'a mut Session,
     tokenizer: &'a Tokenizer,
-    sampler: Sampler,
-    decoder: Decoder,
-    stops: Stops,
-    max_tokens: usize,
-    ignore_eos: bool,
+    writer: Writer,
+    prompt_logprobs: Option<usize>,
+    prompt_scores: Vec<Scored>,
     cancel: CancelToken,
     stage: Stage,
     finish_reason: Option<FinishReason>,
@@ -159,15 +178,12 @@ impl<'a> Generator<'a> {
         tokenizer: &'a Tokenizer,
         options: GenerateOptions,
     ) -> Result<Self> {
-        let GenerateOptions { sampling, max_tokens, stop, ignore_eos } = options;
         Ok(Self {
-            sampler: Sampler::new(sampling, session.config().vocab_size)?,
-            decoder: tokenizer.decoder(&[])?,
-            stops: Stops::new(stop)?,
+            prompt_logprobs: options.prompt_logprobs,
+            writer: Writer::new(tokenizer, session.config(), options)?,
             session,
             tokenizer,
-            max_tokens,
-            ignore_eos,
+            prompt_scores: Vec::new(),
             cancel: CancelToken::new(),
             stage: Stage::New,
             finish_reason: None,
@@ -223,21 +239,64 @@ impl<'a> Generator<'a> {
         self.prompt(&ids)
     }
 
+    /// Goes on from where the session is, without a prompt: its logits are there after
+    /// [`Session::append`], and after a [restore](Session::restore), a [fork](Session::fork) or a
+    /// [rewind](Session::rewind). The tokens of the session count as the prompt.
+    ///
+    /// # Errors
+    /// [`Error::EmptyPrompt`] where the session has no logits to go on from, [`Error::LatePrompt`]
+    /// after a prompt or the first token, [`Error::Tokenizer`].
+    pub fn resume(&mut self) -> Result<()> {
+        if !matches!(self.stage, Stage::New) {
+            return Err(Error::LatePrompt);
+        }
+        if self.session.last_logits().is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
+        self.prompt_ids.extend_from_slice(self.session.tokens());
+        self.begin(self.prompt_ids.len())
+    }
+
     fn append(&mut self, ids: &[u32]) -> Result<()> {
-        let done = self.session.append_while(ids, || !self.cancel.is_cancelled())?;
-        self.sampler.observe_prompt(&ids[..done]);
+        let cancel = &self.cancel;
+        let done = match self.prompt_logprobs {
+            None => self.session.append_while(ids, || !cancel.is_cancelled())?,
+            Some(top) => self.append_scored(ids, top)?,
+        };
         self.prompt_ids.extend_from_slice(&ids[..done]);
         self.usage.prompt_tokens += done;
         if done < ids.len() {
             self.end(FinishReason::Cancelled, None);
             return Ok(());
         }
-        self.decoder = self.tokenizer.decoder(&self.prompt_ids)?;
+        self.begin(done)
+    }
+
+    /// The last `new` ids of the prompt are in the session, and its logits too.
+    fn begin(&mut self, new: usize) -> Result<()> {
+        self.writer.prompt(&self.prompt_ids, new)?;
         self.stage = Stage::Prompted;
-        if self.max_tokens == 0 {
+        if self.writer.is_done() {
             self.end(FinishReason::Length, None);
         }
         Ok(())
+    }
+
+    fn append_scored(&mut self, ids: &[u32], top: usize) -> Result<usize> {
+        let (mut previous, mut done) = (self.session.last_logits().to_vec(), 0);
+        while done < ids.len() && !self.cancel.is_cancelled() {
+            let part = &ids[done..ids.len().min(done + self.session.chunk())];
+            let scores = &mut self.prompt_scores;
+            self.session.append_each(part, |i, logits| {
+                if !previous.is_empty() {
+                    scores.push(scored(&previous, part[i], top));
+                }
+                previous.clear();
+                previous.extend_from_slice(logits);
+            })?;
+            done += part.len();
+        }
+        Ok(done)
     }
 
     fn end(&mut self, reason: FinishReason, pending: Option<u32>) {
@@ -265,66 +324,58 @@ impl<'a> Generator<'a> {
         self.usage
     }
 
+    /// The scores of the prompt's tokens where [`GenerateOptions::prompt_logprobs`] asks for them;
+    /// the first token of an empty session has none.
+    pub fn prompt_logprobs(&self) -> &[Scored] {
+        &self.prompt_scores
+    }
+
     fn advance(&mut self) -> Result<Option<Piece>> {
         if self.cancel.is_cancelled() {
             self.end(FinishReason::Cancelled, self.pending());
-            let text = self.flush()?.0;
-            return Ok((!text.is_empty()).then_some(Piece { id: None, logprob: 0.0, text }));
+            return self.writer.rest();
         }
-        let Sampled { id, logprob } = match &self.stage {
-            Stage::Prompted => self.sampler.sample(self.session.logits())?,
-            Stage::Going(id) => self.sampler.sample(self.session.append(&[*id])?)?,
+        match self.stage {
+            Stage::Prompted => {}
+            Stage::Going(id) => drop(self.session.append(&[id])?),
             Stage::New | Stage::Done(_) => return Ok(None),
-        };
+        }
+        let is_full = self.session.position() >= self.session.context();
+        let (piece, reason) = self.writer.write(self.session.last_logits(), is_full)?;
+        let Some(id) = piece.id else { return Ok(None) };
         self.stage = Stage::Going(id);
         self.usage.generated_tokens += 1;
-
-        let eos = !self.ignore_eos && self.session.config().eos_token_ids.contains(&id);
-        let decoded = if eos { String::new() } else { self.decoder.push(id)? };
-        let (mut text, stopped) = self.stops.push(&decoded);
-        let mut reason = if stopped {
-            Some(FinishReason::Stop)
-        } else if eos {
-            Some(FinishReason::Eos)
-        } else if self.usage.generated_tokens >= self.max_tokens {
-            Some(FinishReason::Length)
-        } else if self.session.position() >= self.session.context() {
-            Some(FinishReason::Context)
-        } else {
-            None
-        };
-        if reason.is_some() && !stopped {
-            let (rest, stopped) = self.flush()?;
-            text.push_str(&rest);
-            reason = if stopped { Some(FinishReason::Stop) } else { reason };
-        }
         if let Some(reason) = reason {
             self.end(reason, Some(id));
         }
-        Ok(Some(Piece { id: Some(id), logprob, text }))
-    }
-
-    /// The text held back, and whether a stop string ends it.
-    fn flush(&mut self) -> Result<(String, bool)> {
-        let (mut text, stopped) = self.stops.push(&self.decoder.finish()?);
-        text.push_str(&self.stops.rest());
-        Ok((text, stopped))
+        Ok(Some(piece))
     }
 
     fn collect(mut self) -> Result<Generation> {
         let (mut ids, mut logprobs, mut text) = (Vec::new(), Vec::new(), String::new());
+        let mut top_logprobs = Vec::new();
         for piece in &mut self {
             let piece = piece?;
             if let Some(id) = piece.id {
                 ids.push(id);
                 logprobs.push(piece.logprob);
+                top_logprobs.push(piece.top);
             }
             text.push_str(&piece.text);
         }
         // Without an error there is a reason.
         let finish_reason = self.finish_reason.unwrap_or(FinishReason::Length);
-        let Self { prompt_ids, usage, .. } = self;
-        Ok(Generation { prompt_ids, ids, text, logprobs, finish_reason, usage })
+        let Self { prompt_ids, prompt_scores: prompt_logprobs, usage, .. } = self;
+        Ok(Generation {
+            prompt_ids,
+            ids,
+            text,
+            logprobs,
+            top_logprobs,
+            prompt_logprobs,
+            finish_reason,
+            usage,
+        })
     }
 }
 
@@ -363,8 +414,12 @@ pub struct Generation {
     pub ids: Vec<u32>,
     /// What they add to the text of the prompt, special tokens left out, up to a stop string.
     pub text: String,
-    /// [`Sampled::logprob`] of each of `ids`.
+    /// [`Sampled::logprob`](crate::Sampled::logprob) of each of `ids`.
     pub logprobs: Vec<f32>,
+    /// The [`GenerateOptions::logprobs`] most probable tokens in the place of each of `ids`.
+    pub top_logprobs: Vec<Vec<TokenLogProb>>,
+    /// [`Generator::prompt_logprobs`].
+    pub prompt_logprobs: Vec<Scored>,
     /// Why it ended.
     pub finish_reason: FinishReason,
     /// What it took.
@@ -400,45 +455,4 @@ pub fn generate_ids(
     let mut generator = Generator::new(session, tokenizer, options)?;
     generator.prompt(prompt)?;
     generator.collect()
-}
-
-/// Finds stop strings in a text that comes in pieces.
-struct Stops {
-    strings: Vec<String>,
-    /// The longest end of the text that may be the beginning of a stop string.
-    held: String,
-}
-
-impl Stops {
-    fn new(strings: Vec<String>) -> Result<Self> {
-        if strings.iter().any(String::is_empty) {
-            let allowed = "a stop string must have at least one character";
-            return Err(Error::Option { option: "stop", value: "\"\"".into(), allowed });
-        }
-        Ok(Self { strings, held: String::new() })
-    }
-
-    /// Takes the next text and returns what can be shown, and whether a stop string ends it.
-    ///
-    /// Of several stop strings, that counts which is completed first (of those that end together,
-    /// the one that begins first), so that it does not matter how the text is cut into pieces.
-    fn push(&mut self, text: &str) -> (String, bool) {
-        self.held.push_str(text);
-        let found = self.strings.iter().filter_map(|s| Some((self.held.find(s)?, s.len())));
-        if let Some((start, _)) = found.min_by_key(|(start, len)| (start + len, *start)) {
-            self.held.truncate(start);
-            return (self.rest(), true);
-        }
-        let longest = self.strings.iter().map(String::len).max().unwrap_or(0);
-        let from = self.held.floor_char_boundary(self.held.len().saturating_sub(longest));
-        let mut starts = self.held[from..].char_indices().map(|(at, _)| from + at);
-        let keep = starts.find(|&at| self.strings.iter().any(|s| s.starts_with(&self.held[at..])));
-        let keep = keep.unwrap_or(self.held.len());
-        (self.held.drain(..keep).collect(), false)
-    }
-
-    /// What is held, which is then no longer.
-    fn rest(&mut self) -> String {
-        std::mem::take(&mut self.held)
-    }
 }

@@ -4,7 +4,8 @@
 //! # Use
 //!
 //! A [`Model`] is a Hugging Face folder loaded into a backend. A [`Session`] is one sequence of
-//! tokens: it appends and returns logits. A [`Generator`] turns a prompt into pieces of text.
+//! tokens: it appends and returns logits, and its state is a value ([`Snapshot`]). A [`Generator`]
+//! turns a prompt into pieces of text. An [`Engine`] runs many requests at the same time.
 //!
 //! ```
 //! use jamba_core::{
@@ -38,7 +39,9 @@
 //! | [`backend`], [`shape`], [`batch`] | the contract with a device |
 //! | [`compose`] | the model in operators: each equation's place |
 //! | [`model`], [`session`] | weights, scratch and state together |
-//! | [`tokenizer`], [`sampler`], [`generate`](mod@generate) | text |
+//! | [`state`], [`fingerprint`] | states as values, and which model they are of |
+//! | [`tokenizer`], [`sampler`], [`generate`](mod@generate), [`beam`], [`logprobs`] | text |
+//! | [`engine`] | many requests on one model |
 //! | [`trace`], [`recording`] | activations by name |
 //!
 //! # Glossary
@@ -60,11 +63,15 @@
 
 pub mod backend;
 pub mod batch;
+pub mod beam;
 pub mod checkpoint;
 pub mod compose;
 pub mod config;
+pub mod engine;
 pub mod error;
+pub mod fingerprint;
 pub mod generate;
+pub mod logprobs;
 pub mod memory;
 pub mod model;
 pub mod preset;
@@ -74,22 +81,31 @@ pub mod sampler;
 pub mod schedule;
 pub mod session;
 pub mod shape;
+pub mod state;
 pub mod tensor;
 pub mod tokenizer;
 pub mod trace;
+mod transfer;
 pub mod weights;
 
 pub use backend::{Backend, CausalConv1d, Cols, Limits, Scratch, SelectiveScan, StatePart};
 pub use batch::{Batch, Outputs, Run};
+pub use beam::{BeamOptions, Hypothesis, beam_search};
 pub use checkpoint::{Checkpoint, ParamSource};
 pub use config::Config;
+pub use engine::{
+    Completion, Engine, EngineOptions, EngineStats, PrefixStats, Request, RequestUsage, Stream,
+};
 pub use error::{Error, Result};
+pub use fingerprint::Fingerprint;
 pub use generate::{
     CancelToken, FinishReason, GenerateOptions, Generation, Generator, Piece, Usage, generate,
     generate_ids,
 };
+pub use logprobs::{Scored, TokenLogProb, perplexity, top_log_probs};
 pub use model::{LanguageModel, Model, ModelRunner, Runner};
 pub use sampler::{Sampled, Sampler, Sampling, log_prob};
-pub use session::{Session, SessionOptions};
+pub use session::{Rewound, Session, SessionOptions};
+pub use state::Snapshot;
 pub use tensor::{Dtype, HostTensor, Param, Role};
 pub use tokenizer::{Decoder, Tokenizer};

@@ -123,6 +123,22 @@ pub fn mamba_state_bytes(config: &Config, conv_element_bytes: usize) -> u64 {
     (layers * config.d_inner() as u64).saturating_mul((d_state * 4).saturating_add(conv))
 }
 
+/// Bytes of the whole state of one sequence of `tokens` tokens: its KV caches with elements of
+/// `element_bytes`, and its Mamba state in f32.
+pub fn sequence_bytes(config: &Config, tokens: usize, element_bytes: usize) -> u64 {
+    kv_bytes(config, tokens, element_bytes).saturating_add(mamba_state_bytes(config, 4))
+}
+
+/// How many sequences of `tokens` tokens fit `budget` bytes of state ([`sequence_bytes`]).
+pub fn sequences_that_fit(
+    config: &Config,
+    tokens: usize,
+    element_bytes: usize,
+    budget: u64,
+) -> u64 {
+    budget / sequence_bytes(config, tokens, element_bytes).max(1)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -166,6 +182,25 @@ mod tests {
         assert_eq!(mamba_state_bytes(&config, 4), 26 * 5_120 * (16 * 4 + 3 * 4));
         assert_eq!((mamba_state_bytes(&config, 4) as f64 / MIB as f64 * 100.0).round(), 965.0);
         assert_eq!(mamba_state_bytes(&config, 2), 26 * 5_120 * (16 * 4 + 3 * 2));
+    }
+
+    /// The table of `docs/state.md`.
+    #[test]
+    fn states_of_the_published_models() {
+        let expected = [
+            ("jamba-v0.1", 32 * 1024, 17_432_576, 145, 8_209),
+            ("jamba-1.5-large", 72 * 1024, 78_446_592, 363, 18_507),
+            ("jamba-reasoning-3b", 2 * 1024, 10_117_120, 18, 522),
+            ("jamba-tales-11m", 512, 272_384, 2, 128),
+        ];
+        for (name, kv, mamba, short, long) in expected {
+            let config = preset(name);
+            assert_eq!(kv_bytes_per_token(&config, 4), kv, "{name}");
+            assert_eq!(mamba_state_bytes(&config, 4), mamba, "{name}");
+            let mib = |tokens| (sequence_bytes(&config, tokens, 4) + MIB / 2) / MIB;
+            assert_eq!((mib(4096), mib(CONTEXT)), (short, long), "{name}");
+            assert_eq!(sequences_that_fit(&config, 4096, 4, 3 * (mamba + 4096 * kv)), 3);
+        }
     }
 
     #[test]

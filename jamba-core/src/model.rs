@@ -1,5 +1,6 @@
 //! A model loaded into a backend, and the runner that steps it.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -8,9 +9,11 @@ use crate::batch::Batch;
 use crate::checkpoint::{Checkpoint, ParamSource};
 use crate::compose;
 use crate::config::Config;
-use crate::error::{Result, at_least_one};
+use crate::error::{Error, Result, at_least_one};
+use crate::fingerprint::{Fingerprint, Hasher};
 use crate::session::{Session, SessionOptions};
 use crate::trace::{Detail, Listener, Traced};
+use crate::transfer;
 use crate::weights::{ParamSpec, Weights};
 
 /// Configuration, weights and the backend that holds them. A clone shares all three.
@@ -22,6 +25,7 @@ struct Inner<B: Backend> {
     backend: B,
     config: Config,
     weights: Weights<B::Weight>,
+    fingerprint: Fingerprint,
 }
 
 impl<B: Backend> Clone for Model<B> {
@@ -31,24 +35,36 @@ impl<B: Backend> Clone for Model<B> {
 }
 
 impl<B: Backend> Model<B> {
-    /// Loads the Hugging Face model folder: `config.json` and safetensors.
+    /// Loads the Hugging Face model folder: `config.json` and safetensors, every tensor of which
+    /// must be part of the model. ([`Model::new`] takes what it needs from a [`Checkpoint`] and
+    /// leaves the rest.)
     ///
     /// # Errors
-    /// Those of [`Config::from_folder`], [`Checkpoint::open`] and [`Model::new`].
+    /// Those of [`Config::from_folder`], [`Checkpoint::open`], [`Checkpoint::check_unused`] and
+    /// [`Model::new`].
     pub fn load(folder: impl AsRef<Path>, backend: B) -> Result<Self> {
         let config = Config::from_folder(&folder)?;
-        Self::new(config, &Checkpoint::open(folder)?, backend)
+        let checkpoint = Checkpoint::open(folder)?;
+        let model = Self::new(config, &checkpoint, backend)?;
+        checkpoint.check_unused(&Weights::layout(model.config()))?;
+        Ok(model)
     }
 
     /// Takes parameters from any source, one at a time.
     ///
     /// # Errors
-    /// [`Error::Config`](crate::Error::Config), or what the source or the backend reports.
+    /// [`Error::Config`], or what the source or the backend reports.
     pub fn new(config: Config, source: &impl ParamSource, backend: B) -> Result<Self> {
         config.validate()?;
-        let weights = Weights::layout(&config)
-            .try_map(&mut |spec: &ParamSpec| backend.upload(source.param(spec)?))?;
-        Ok(Self { inner: Arc::new(Inner { backend, config, weights }) })
+        let mut hasher = Hasher::new();
+        hasher.config(&config);
+        let weights = Weights::layout(&config).try_map(&mut |spec: &ParamSpec| {
+            let param = source.param(spec)?;
+            hasher.param(&param);
+            backend.upload(param)
+        })?;
+        let fingerprint = hasher.finish();
+        Ok(Self { inner: Arc::new(Inner { backend, config, weights, fingerprint }) })
     }
 
     /// The configuration.
@@ -59,6 +75,11 @@ impl<B: Backend> Model<B> {
     /// The backend.
     pub fn backend(&self) -> &B {
         &self.inner.backend
+    }
+
+    /// Tells this model from others.
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.inner.fingerprint
     }
 
     /// The weights, as the backend holds them.
@@ -75,16 +96,19 @@ pub trait LanguageModel: Send + Sync {
     /// Name of the backend.
     fn backend_name(&self) -> &'static str;
 
+    /// Tells this model from others.
+    fn fingerprint(&self) -> Fingerprint;
+
     /// Allocates scratch and state for steps of up to `limits`.
     ///
     /// # Errors
-    /// [`Error::Option`](crate::Error::Option), or what the backend reports.
+    /// [`Error::Option`], or what the backend reports.
     fn runner(&self, limits: Limits) -> Result<Box<dyn Runner>>;
 
     /// A session for one sequence.
     ///
     /// # Errors
-    /// [`Error::Option`](crate::Error::Option), or what the backend reports.
+    /// [`Error::Option`], or what the backend reports.
     fn session(&self, options: SessionOptions) -> Result<Session> {
         Ok(Session::new(self.runner(options.limits()?)?))
     }
@@ -97,6 +121,10 @@ impl<B: Backend + Send + Sync + 'static> LanguageModel for Model<B> {
 
     fn backend_name(&self) -> &'static str {
         self.inner.backend.name()
+    }
+
+    fn fingerprint(&self) -> Fingerprint {
+        self.inner.fingerprint
     }
 
     fn runner(&self, limits: Limits) -> Result<Box<dyn Runner>> {
@@ -155,6 +183,86 @@ pub trait Runner: Send {
         slot: usize,
         positions: usize,
     ) -> Result<Vec<f32>>;
+
+    /// [`Backend::write_state`].
+    ///
+    /// # Errors
+    /// What the backend reports.
+    fn write_state(
+        &mut self,
+        layer: usize,
+        part: StatePart,
+        slot: usize,
+        positions: usize,
+        values: &[f32],
+    ) -> Result<()>;
+
+    /// [`Backend::read_positions`].
+    ///
+    /// # Errors
+    /// What the backend reports.
+    fn read_positions(
+        &self,
+        layer: usize,
+        part: StatePart,
+        slot: usize,
+        positions: Range<usize>,
+    ) -> Result<Vec<f32>>;
+
+    /// [`Backend::write_positions`].
+    ///
+    /// # Errors
+    /// What the backend reports.
+    fn write_positions(
+        &mut self,
+        layer: usize,
+        part: StatePart,
+        slot: usize,
+        positions: Range<usize>,
+        values: &[f32],
+    ) -> Result<()>;
+
+    /// [`Backend::copy_slot`].
+    ///
+    /// # Errors
+    /// [`Error::Batch`] or [`Error::Context`] for what does not fit, or what the backend reports.
+    fn copy_slot(&mut self, from: usize, to: usize, positions: usize) -> Result<()>;
+
+    /// Moves sequences of `positions` tokens between slots, all at once: afterwards slot `i` holds
+    /// what slot `sources[i]` held. A slot may be a source several times, or not at all.
+    ///
+    /// # Errors
+    /// As [`copy_slot`](Self::copy_slot).
+    fn gather(&mut self, sources: &[usize], positions: usize) -> Result<()> {
+        check_slots(sources, &self.limits())?;
+        transfer::gather(self, sources, positions)
+    }
+
+    /// Tells the model from others.
+    fn fingerprint(&self) -> Fingerprint;
+
+    /// [`Backend::sequence_bytes`].
+    fn sequence_bytes(&self, positions: usize) -> u64;
+
+    /// [`Backend::is_chunk_invariant`].
+    fn is_chunk_invariant(&self) -> bool;
+
+    /// Another runner of the same model, with limits of its own and all slots empty.
+    ///
+    /// # Errors
+    /// [`Error::Option`], or what the backend reports.
+    fn sibling(&self, limits: Limits) -> Result<Box<dyn Runner>>;
+}
+
+fn check_slots(slots: &[usize], limits: &Limits) -> Result<()> {
+    let beyond = slots.iter().copied().chain(slots.len().checked_sub(1));
+    match beyond.max() {
+        Some(slot) if slot >= limits.slots => {
+            let allowed = format!("but there are {} slots", limits.slots);
+            Err(Error::Batch { what: "slot", got: slot, allowed })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The [`Runner`] of a [`Model`].
@@ -169,7 +277,7 @@ impl<B: Backend> ModelRunner<B> {
     /// Allocates scratch and state for steps of up to `limits`.
     ///
     /// # Errors
-    /// [`Error::Option`](crate::Error::Option) for a limit of zero, or what the backend reports.
+    /// [`Error::Option`] for a limit of zero, or what the backend reports.
     pub fn new(model: Model<B>, limits: Limits) -> Result<Self> {
         at_least_one(&[
             ("slots", limits.slots),
@@ -183,7 +291,7 @@ impl<B: Backend> ModelRunner<B> {
     }
 }
 
-impl<B: Backend + Send + Sync> Runner for ModelRunner<B> {
+impl<B: Backend + Send + Sync + 'static> Runner for ModelRunner<B> {
     fn config(&self) -> &Config {
         self.model.config()
     }
@@ -193,7 +301,7 @@ impl<B: Backend + Send + Sync> Runner for ModelRunner<B> {
     }
 
     fn step(&mut self, batch: &Batch) -> Result<()> {
-        let Inner { backend, config, weights } = &*self.model.inner;
+        let Inner { backend, config, weights, .. } = &*self.model.inner;
         batch.check(config, &self.limits)?;
         backend.stage(&mut self.state, batch)?;
         backend.forward(config, weights, &mut self.scratch, &mut self.state)
@@ -205,7 +313,7 @@ impl<B: Backend + Send + Sync> Runner for ModelRunner<B> {
         detail: Detail,
         listener: &mut Listener<'_>,
     ) -> Result<()> {
-        let Inner { backend, config, weights } = &*self.model.inner;
+        let Inner { backend, config, weights, .. } = &*self.model.inner;
         batch.check(config, &self.limits)?;
         backend.stage(&mut self.state, batch)?;
         let mut forward = |at, shape: [usize; 2], values: &[f32]| listener(at, shape, values);
@@ -230,5 +338,65 @@ impl<B: Backend + Send + Sync> Runner for ModelRunner<B> {
         positions: usize,
     ) -> Result<Vec<f32>> {
         self.model.backend().read_state(&self.state, layer, part, slot, positions)
+    }
+
+    fn write_state(
+        &mut self,
+        layer: usize,
+        part: StatePart,
+        slot: usize,
+        positions: usize,
+        values: &[f32],
+    ) -> Result<()> {
+        let backend = self.model.backend();
+        backend.write_state(&mut self.state, layer, part, slot, positions, values)
+    }
+
+    fn read_positions(
+        &self,
+        layer: usize,
+        part: StatePart,
+        slot: usize,
+        positions: Range<usize>,
+    ) -> Result<Vec<f32>> {
+        let Inner { backend, config, .. } = &*self.model.inner;
+        backend.read_positions(config, &self.state, layer, part, slot, positions)
+    }
+
+    fn write_positions(
+        &mut self,
+        layer: usize,
+        part: StatePart,
+        slot: usize,
+        positions: Range<usize>,
+        values: &[f32],
+    ) -> Result<()> {
+        let Inner { backend, config, .. } = &*self.model.inner;
+        backend.write_positions(config, &mut self.state, layer, part, slot, positions, values)
+    }
+
+    fn copy_slot(&mut self, from: usize, to: usize, positions: usize) -> Result<()> {
+        check_slots(&[from.max(to)], &self.limits)?;
+        if positions > self.limits.context {
+            return Err(Error::Context { needed: positions, allocated: self.limits.context });
+        }
+        let Inner { backend, config, .. } = &*self.model.inner;
+        backend.copy_slot(config, &mut self.state, from, to, positions)
+    }
+
+    fn fingerprint(&self) -> Fingerprint {
+        self.model.fingerprint()
+    }
+
+    fn sequence_bytes(&self, positions: usize) -> u64 {
+        self.model.backend().sequence_bytes(self.model.config(), positions)
+    }
+
+    fn is_chunk_invariant(&self) -> bool {
+        self.model.backend().is_chunk_invariant()
+    }
+
+    fn sibling(&self, limits: Limits) -> Result<Box<dyn Runner>> {
+        self.model.runner(limits)
     }
 }

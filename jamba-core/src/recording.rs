@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
+use safetensors::tensor::{Dtype, TensorView, serialize};
 
 use crate::backend::StatePart;
 use crate::batch::Outputs;
@@ -130,17 +130,13 @@ impl Recording {
             })
             .collect::<Result<_, _>>()
             .map_err(|e| unwritten(path, e))?;
-        serialize_to_file(views, None, path).map_err(|e| unwritten(path, e))
+        let bytes = serialize(views, None).map_err(|e| unwritten(path, e))?;
+        std::fs::write(path, bytes).map_err(Error::io(path))
     }
 }
 
 fn unwritten(path: &Path, e: safetensors::SafeTensorError) -> Error {
-    match e {
-        safetensors::SafeTensorError::IoError(source) => {
-            Error::Io { path: path.to_owned(), source }
-        }
-        other => Error::Safetensors { path: path.to_owned(), reason: other.to_string() },
-    }
+    Error::Safetensors { path: path.to_owned(), reason: e.to_string() }
 }
 
 /// `n` rows of `cols` values; also where `cols` is zero.

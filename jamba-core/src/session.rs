@@ -1,11 +1,21 @@
 //! One sequence on one backend: tokens in, logits out.
 
+use std::sync::Arc;
+
 use crate::backend::{Limits, StatePart};
 use crate::batch::{Batch, Outputs};
 use crate::config::Config;
 use crate::error::{Error, Result, at_least_one};
 use crate::model::Runner;
+use crate::state::{Checkpoint, Lineage};
 use crate::trace::{Detail, Listener};
+
+mod rewind;
+mod score;
+#[cfg(test)]
+mod tests;
+
+pub use rewind::Rewound;
 
 /// What a [`Session`] is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,20 +52,39 @@ impl SessionOptions {
 
 /// One sequence: the tokens given so far, as convolution and SSM states and a KV cache.
 ///
-/// Weights, scratch and state cannot be mixed up: a session owns them together.
+/// Weights, scratch and state cannot be mixed up: a session owns them together. Its state is a
+/// value: it can be taken and put back ([`snapshot`](Self::snapshot), [`restore`](Self::restore)),
+/// shared by several sessions ([`fork`](Self::fork)), kept in a file ([`save`](Self::save)), and
+/// taken back by any number of tokens ([`rewind`](Self::rewind)).
 pub struct Session {
     runner: Box<dyn Runner>,
     batch: Batch,
-    position: usize,
+    tokens: Vec<u32>,
+    /// Positions at which steps ended, ascending.
+    steps: Vec<usize>,
     /// Logits of the last step, row-major.
     logits: Vec<f32>,
-    /// Whether the state is that of `position` tokens.
+    /// Whether the state is that of `tokens`.
     sound: bool,
+    lineage: Lineage,
+    /// Ascending by position, from where a rewind may go on.
+    checkpoints: Vec<Arc<Checkpoint>>,
+    checkpoint_every: usize,
 }
 
 impl Session {
     pub(crate) fn new(runner: Box<dyn Runner>) -> Self {
-        Self { runner, batch: Batch::new(), position: 0, logits: Vec::new(), sound: true }
+        Self {
+            runner,
+            batch: Batch::new(),
+            tokens: Vec::new(),
+            steps: Vec::new(),
+            logits: Vec::new(),
+            sound: true,
+            lineage: Lineage::default(),
+            checkpoints: Vec::new(),
+            checkpoint_every: 0,
+        }
     }
 
     /// The configuration of the model.
@@ -65,7 +94,12 @@ impl Session {
 
     /// Tokens given so far.
     pub fn position(&self) -> usize {
-        self.position
+        self.tokens.len()
+    }
+
+    /// The tokens given so far.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
     }
 
     /// Tokens that fit.
@@ -83,8 +117,13 @@ impl Session {
     /// # Errors
     /// What the backend reports.
     pub fn reset(&mut self) -> Result<()> {
+        self.sound = false;
         self.runner.reset(0)?;
-        self.position = 0;
+        self.tokens.clear();
+        self.steps.clear();
+        self.logits.clear();
+        self.lineage.cut(0);
+        self.checkpoints.clear();
         self.sound = true;
         Ok(())
     }
@@ -94,7 +133,8 @@ impl Session {
     /// # Errors
     /// [`Error::EmptyPrompt`] for no tokens, [`Error::Token`], [`Error::Context`]: the session is
     /// as before. [`Error::NonFinite`], or what the backend reports: the session must be
-    /// [`reset`](Self::reset).
+    /// [`reset`](Self::reset), [rewound](Self::rewind) or [restored](Self::restore); it has the
+    /// tokens of the steps before the one that failed.
     pub fn append(&mut self, tokens: &[u32]) -> Result<&[f32]> {
         self.append_while(tokens, || true)?;
         Ok(&self.logits)
@@ -112,21 +152,39 @@ impl Session {
     ) -> Result<usize> {
         self.check(tokens)?;
         let mut done = 0;
-        for part in tokens.chunks(self.chunk()) {
-            if !keep_going() {
-                break;
-            }
+        while done < tokens.len() && keep_going() {
+            let part = &tokens[done..done + self.part(tokens.len() - done, self.chunk())];
             done += part.len();
-            let last = done == tokens.len();
-            self.step(part, if last { Outputs::Last } else { Outputs::None }, None)?;
+            let wanted = done == tokens.len() || self.is_grid_point(self.position() + part.len());
+            self.step(part, if wanted { Outputs::Last } else { Outputs::None }, None)?;
         }
         Ok(done)
+    }
+
+    /// Tokens of the next step, of so many: it ends where a checkpoint is to be kept.
+    fn part(&self, tokens: usize, chunk: usize) -> usize {
+        let part = tokens.min(chunk);
+        match self.position().checked_rem(self.checkpoint_every) {
+            Some(past) => part.min(self.checkpoint_every - past),
+            None => part,
+        }
+    }
+
+    /// Whether a checkpoint is to be kept at this position.
+    fn is_grid_point(&self, position: usize) -> bool {
+        position.checked_rem(self.checkpoint_every) == Some(0)
     }
 
     /// Logits that the last step returned, rows of `vocab_size`; none after a chunk of a prompt
     /// that was not its last.
     pub fn logits(&self) -> &[f32] {
         &self.logits
+    }
+
+    /// Logits after the last token, `vocab_size` values, if the last step returned them.
+    pub fn last_logits(&self) -> &[f32] {
+        let row = self.logits.len().saturating_sub(self.config().vocab_size);
+        &self.logits[row..]
     }
 
     /// Appends tokens and calls `f` with the logits after each: its index in `tokens`, and
@@ -138,10 +196,13 @@ impl Session {
         self.check(tokens)?;
         let vocab_size = self.config().vocab_size;
         let chunk = self.runner.limits().outputs;
-        for (i, part) in tokens.chunks(chunk).enumerate() {
+        let mut done = 0;
+        while done < tokens.len() {
+            let part = &tokens[done..done + self.part(tokens.len() - done, chunk)];
             self.step(part, Outputs::All, None)?;
             let rows = self.logits.chunks_exact(vocab_size).enumerate();
-            rows.for_each(|(row, logits)| f(i * chunk + row, logits));
+            rows.for_each(|(row, logits)| f(done + row, logits));
+            done += part.len();
         }
         Ok(())
     }
@@ -167,7 +228,7 @@ impl Session {
     /// # Errors
     /// What the backend reports, for a layer without that part for example.
     pub fn read_state(&self, layer: usize, part: StatePart) -> Result<Vec<f32>> {
-        self.runner.read_state(layer, part, 0, self.position)
+        self.runner.read_state(layer, part, 0, self.position())
     }
 
     /// Whether all of `tokens` can be appended; told before any of them is.
@@ -185,7 +246,7 @@ impl Session {
         if let Some(index) = tokens.iter().position(|&id| id as usize >= vocab_size) {
             return Err(Error::Token { id: tokens[index], index, vocab_size });
         }
-        let (needed, allocated) = (self.position.saturating_add(tokens.len()), self.context());
+        let (needed, allocated) = (self.position().saturating_add(tokens.len()), self.context());
         if needed > allocated {
             return Err(Error::Context { needed, allocated });
         }
@@ -198,20 +259,27 @@ impl Session {
         outputs: Outputs,
         trace: Option<(Detail, &mut Listener<'_>)>,
     ) -> Result<()> {
+        let position = self.position() + tokens.len();
         self.batch.clear();
-        self.batch.push(0, self.position, tokens, outputs);
+        self.batch.push(0, self.tokens.len(), tokens, outputs);
         self.batch.check(self.runner.config(), &self.runner.limits())?;
         self.sound = false;
+        self.logits.clear();
         match trace {
             None => self.runner.step(&self.batch)?,
             Some((detail, listener)) => self.runner.step_traced(&self.batch, detail, listener)?,
         }
-        self.logits = self.runner.logits()?;
-        self.position += tokens.len();
-        if !self.logits.iter().all(|v| v.is_finite()) {
-            return Err(Error::NonFinite { position: self.position });
+        let logits = self.runner.logits()?;
+        if !logits.iter().all(|v| v.is_finite()) {
+            return Err(Error::NonFinite { position });
         }
+        self.logits = logits;
+        self.tokens.extend_from_slice(tokens);
+        self.steps.push(position);
         self.sound = true;
+        if self.is_grid_point(position) {
+            self.mark()?;
+        }
         Ok(())
     }
 }

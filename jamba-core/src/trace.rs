@@ -109,6 +109,32 @@ impl<B: Backend> Backend for Traced<'_, B> {
             positions: usize,
             values: &[f32],
         ) -> Result<()>;
+        fn read_positions(
+            config: &Config,
+            state: &B::State,
+            layer: usize,
+            part: StatePart,
+            slot: usize,
+            positions: Range<usize>,
+        ) -> Result<Vec<f32>>;
+        fn write_positions(
+            config: &Config,
+            state: &mut B::State,
+            layer: usize,
+            part: StatePart,
+            slot: usize,
+            positions: Range<usize>,
+            values: &[f32],
+        ) -> Result<()>;
+        fn copy_slot(
+            config: &Config,
+            state: &mut B::State,
+            from: usize,
+            to: usize,
+            positions: usize,
+        ) -> Result<()>;
+        fn sequence_bytes(config: &Config, positions: usize) -> u64;
+        fn is_chunk_invariant() -> bool;
         fn stage(state: &mut B::State, batch: &Batch) -> Result<()>;
         fn embed(table: &B::Weight, state: &B::State, out: &mut B::Tensor) -> Result<()>;
         fn linear(

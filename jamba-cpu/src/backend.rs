@@ -66,7 +66,7 @@ impl Backend for CpuBackend {
     }
 
     fn alloc(&self, rows: usize, cols: usize) -> Result<Tensor> {
-        Ok(Tensor::new(rows, cols))
+        Tensor::new(rows, cols)
     }
 
     fn write(&self, dst: &mut Tensor, src: &[f32]) -> Result<()> {
@@ -85,7 +85,7 @@ impl Backend for CpuBackend {
     }
 
     fn new_state(&self, config: &Config, limits: &Limits) -> Result<State> {
-        Ok(State::new(config, limits))
+        State::new(config, limits)
     }
 
     fn reset_slot(&self, state: &mut State, slot: usize) -> Result<()> {
@@ -100,7 +100,7 @@ impl Backend for CpuBackend {
         slot: usize,
         positions: usize,
     ) -> Result<Vec<f32>> {
-        state.read(layer, part, slot, positions)
+        state.read(layer, part, slot, 0..positions)
     }
 
     fn write_state(
@@ -112,7 +112,47 @@ impl Backend for CpuBackend {
         positions: usize,
         values: &[f32],
     ) -> Result<()> {
+        state.write(layer, part, slot, 0..positions, values)
+    }
+
+    fn read_positions(
+        &self,
+        _config: &Config,
+        state: &State,
+        layer: usize,
+        part: StatePart,
+        slot: usize,
+        positions: Range<usize>,
+    ) -> Result<Vec<f32>> {
+        state.read(layer, part, slot, positions)
+    }
+
+    fn write_positions(
+        &self,
+        _config: &Config,
+        state: &mut State,
+        layer: usize,
+        part: StatePart,
+        slot: usize,
+        positions: Range<usize>,
+        values: &[f32],
+    ) -> Result<()> {
         state.write(layer, part, slot, positions, values)
+    }
+
+    fn copy_slot(
+        &self,
+        _config: &Config,
+        state: &mut State,
+        from: usize,
+        to: usize,
+        positions: usize,
+    ) -> Result<()> {
+        state.copy(from, to, positions)
+    }
+
+    fn is_chunk_invariant(&self) -> bool {
+        true
     }
 
     fn stage(&self, state: &mut State, batch: &Batch) -> Result<()> {

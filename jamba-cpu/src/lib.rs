@@ -9,6 +9,7 @@ mod backend;
 mod conv1d;
 mod elementwise;
 mod linear;
+mod memory;
 mod moe;
 mod norm;
 pub mod reference;

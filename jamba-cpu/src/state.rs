@@ -1,8 +1,11 @@
 //! Convolution and SSM states, KV cache and the staged batch.
 
+use std::ops::Range;
+
 use jamba_core::schedule::{MixerKind, Schedule};
 use jamba_core::{Batch, Config, Error, Limits, Result, StatePart};
 
+use crate::memory::zeros;
 use crate::tensor::View;
 use crate::weight::PAD;
 
@@ -26,9 +29,9 @@ pub(crate) struct Channels {
 }
 
 impl Channels {
-    fn new(slots: usize, per_channel: usize, channels: usize) -> Self {
-        let values = vec![0.0; slots * per_channel * channels.next_multiple_of(PAD)];
-        Self { values, channels, per_channel }
+    fn new(slots: usize, per_channel: usize, channels: usize) -> Result<Self> {
+        let sizes = [slots, per_channel, channels.next_multiple_of(PAD)];
+        Ok(Self { values: zeros("Mamba states", &sizes)?, channels, per_channel })
     }
 
     fn slot(&mut self, slot: usize) -> &mut [f32] {
@@ -36,15 +39,34 @@ impl Channels {
         &mut self.values[slot * len..(slot + 1) * len]
     }
 
-    /// Where element `n` of a channel of a slot is.
-    fn index(&self, slot: usize, channel: usize, n: usize) -> usize {
-        (slot * self.per_channel + n) * self.channels.next_multiple_of(PAD) + channel
+    /// Values of a slot as `(channels, per_channel)`.
+    fn read(&self, slot: usize) -> Vec<f32> {
+        let padded = self.channels.next_multiple_of(PAD);
+        let mut out = vec![0.0; self.channels * self.per_channel];
+        if self.per_channel > 0 {
+            let rows = self.values[slot * self.per_channel * padded..].chunks_exact(padded);
+            for (n, row) in rows.take(self.per_channel).enumerate() {
+                let to = out.iter_mut().skip(n).step_by(self.per_channel);
+                to.zip(row).for_each(|(to, v)| *to = *v);
+            }
+        }
+        out
     }
 
-    /// Indices of all elements of a slot in the order `(channels, per_channel)`.
-    fn indices(&self, slot: usize) -> impl Iterator<Item = usize> + '_ {
-        let of_channel = move |c| (0..self.per_channel).map(move |n| self.index(slot, c, n));
-        (0..self.channels).flat_map(of_channel)
+    /// Writes what [`read`](Self::read) returned.
+    fn write(&mut self, slot: usize, values: &[f32]) -> Result<()> {
+        check_len(values.len(), self.channels * self.per_channel)?;
+        let (per_channel, padded) = (self.per_channel, self.channels.next_multiple_of(PAD));
+        for (n, row) in self.slot(slot).chunks_exact_mut(padded).enumerate() {
+            let from = values.iter().skip(n).step_by(per_channel);
+            row.iter_mut().zip(from).for_each(|(to, v)| *to = *v);
+        }
+        Ok(())
+    }
+
+    fn copy(&mut self, from: usize, to: usize) {
+        let len = self.per_channel * self.channels.next_multiple_of(PAD);
+        self.values.copy_within(from * len..(from + 1) * len, to * len);
     }
 }
 
@@ -87,32 +109,51 @@ impl Cache {
         ((slot * kv_heads + kv_head) * self.context + position) * head_dim
     }
 
-    /// The ranges of a slot's first `positions` positions, one per head.
-    fn ranges(&self, slot: usize, positions: usize) -> Vec<std::ops::Range<usize>> {
-        let kv_heads = 0..self.heads[1];
-        kv_heads.map(|g| self.at(slot, g, 0)..self.at(slot, g, positions)).collect()
+    /// Where some positions of a slot are, head by head.
+    fn ranges(
+        &self,
+        slot: usize,
+        positions: &Range<usize>,
+    ) -> impl ExactSizeIterator<Item = Range<usize>> + use<> {
+        let [_, kv_heads, head_dim] = self.heads;
+        let head = self.context * head_dim;
+        let first = slot * kv_heads * head;
+        let (start, end) = (first + positions.start * head_dim, first + positions.end * head_dim);
+        (0..kv_heads).map(move |g| start + g * head..end + g * head)
+    }
+
+    fn part(&mut self, part: StatePart) -> &mut [f32] {
+        if part == StatePart::Keys { &mut self.keys } else { &mut self.values }
+    }
+
+    fn copy(&mut self, from: usize, to: usize, positions: &Range<usize>) {
+        for (from, to) in self.ranges(from, positions).zip(self.ranges(to, positions)) {
+            self.keys.copy_within(from.clone(), to.start);
+            self.values.copy_within(from, to.start);
+        }
     }
 }
 
 impl State {
-    pub(crate) fn new(config: &Config, limits: &Limits) -> Self {
+    pub(crate) fn new(config: &Config, limits: &Limits) -> Result<Self> {
         let &Limits { slots, context, .. } = limits;
         let (d_inner, kv_heads) = (config.d_inner(), config.num_key_value_heads);
-        let kv = slots * kv_heads * context * config.head_dim;
+        let cache = || zeros("a KV cache", &[slots, kv_heads, context, config.head_dim]);
         let layer = |mixer| match mixer {
-            MixerKind::Mamba => LayerState::Mamba {
-                conv: Channels::new(slots, config.mamba_d_conv - 1, d_inner),
-                ssm: Channels::new(slots, config.mamba_d_state, d_inner),
-            },
-            MixerKind::Attention => LayerState::Attention(Cache {
-                keys: vec![0.0; kv],
-                values: vec![0.0; kv],
+            MixerKind::Mamba => Ok(LayerState::Mamba {
+                conv: Channels::new(slots, config.mamba_d_conv - 1, d_inner)?,
+                ssm: Channels::new(slots, config.mamba_d_state, d_inner)?,
+            }),
+            MixerKind::Attention => Ok(LayerState::Attention(Cache {
+                keys: cache()?,
+                values: cache()?,
                 context,
                 heads: [config.num_attention_heads, kv_heads, config.head_dim],
-            }),
+            })),
         };
-        let layers = Schedule::new(config).iter().map(|kind| layer(kind.mixer)).collect();
-        Self { batch: Batch::new(), layers, limits: *limits }
+        let schedule = Schedule::new(config);
+        let layers = schedule.iter().map(|kind| layer(kind.mixer)).collect::<Result<_>>()?;
+        Ok(Self { batch: Batch::new(), layers, limits: *limits })
     }
 
     pub(crate) fn conv(&mut self, layer: usize) -> Result<(&Batch, &mut Channels)> {
@@ -137,7 +178,7 @@ impl State {
     }
 
     pub(crate) fn reset(&mut self, slot: usize) -> Result<()> {
-        self.check(slot, 0)?;
+        self.check(slot, &(0..0))?;
         for layer in &mut self.layers {
             if let LayerState::Mamba { conv, ssm } = layer {
                 conv.slot(slot).fill(0.0);
@@ -147,69 +188,94 @@ impl State {
         Ok(())
     }
 
+    /// A part of the state; of keys and values these positions.
     pub(crate) fn read(
         &self,
         layer: usize,
         part: StatePart,
         slot: usize,
-        positions: usize,
+        positions: Range<usize>,
     ) -> Result<Vec<f32>> {
-        self.check(slot, positions)?;
-        let channels = |of: &Channels| of.indices(slot).map(|i| of.values[i]).collect();
-        let heads = |of: &Cache, values: &[f32]| {
-            of.ranges(slot, positions).into_iter().flat_map(|r| values[r].to_vec()).collect()
-        };
+        self.check(slot, &positions)?;
         match (self.layers.get(layer), part) {
-            (Some(LayerState::Mamba { conv, .. }), StatePart::Conv) => Ok(channels(conv)),
-            (Some(LayerState::Mamba { ssm, .. }), StatePart::Ssm) => Ok(channels(ssm)),
-            (Some(LayerState::Attention(of)), StatePart::Keys) => Ok(heads(of, &of.keys)),
-            (Some(LayerState::Attention(of)), StatePart::Values) => Ok(heads(of, &of.values)),
+            (Some(LayerState::Mamba { conv, .. }), StatePart::Conv) => Ok(conv.read(slot)),
+            (Some(LayerState::Mamba { ssm, .. }), StatePart::Ssm) => Ok(ssm.read(slot)),
+            (Some(LayerState::Attention(of)), StatePart::Keys | StatePart::Values) => {
+                let all = if part == StatePart::Keys { &of.keys } else { &of.values };
+                let heads: Vec<_> = of.ranges(slot, &positions).map(|r| &all[r]).collect();
+                Ok(heads.concat())
+            }
             _ => Err(no_such_state(layer, part)),
         }
     }
 
+    /// Writes what [`read`](Self::read) returned.
     pub(crate) fn write(
         &mut self,
         layer: usize,
         part: StatePart,
         slot: usize,
-        positions: usize,
+        positions: Range<usize>,
         values: &[f32],
     ) -> Result<()> {
-        self.check(slot, positions)?;
-        let indices: Vec<usize> = match (self.layers.get(layer), part) {
-            (Some(LayerState::Mamba { conv, .. }), StatePart::Conv) => conv.indices(slot).collect(),
-            (Some(LayerState::Mamba { ssm, .. }), StatePart::Ssm) => ssm.indices(slot).collect(),
+        self.check(slot, &positions)?;
+        match (self.layers.get_mut(layer), part) {
+            (Some(LayerState::Mamba { conv, .. }), StatePart::Conv) => conv.write(slot, values),
+            (Some(LayerState::Mamba { ssm, .. }), StatePart::Ssm) => ssm.write(slot, values),
             (Some(LayerState::Attention(of)), StatePart::Keys | StatePart::Values) => {
-                of.ranges(slot, positions).into_iter().flatten().collect()
+                let [_, kv_heads, head_dim] = of.heads;
+                let head = positions.len() * head_dim;
+                check_len(values.len(), kv_heads * head)?;
+                let ranges = of.ranges(slot, &positions);
+                let all = of.part(part);
+                for (g, range) in ranges.enumerate() {
+                    all[range].copy_from_slice(&values[g * head..(g + 1) * head]);
+                }
+                Ok(())
             }
-            _ => return Err(no_such_state(layer, part)),
-        };
-        if indices.len() != values.len() {
-            let (expected, got) = ([1, indices.len()], [1, values.len()]);
-            return Err(Error::Shape { op: "write_state", what: "values", expected, got });
+            _ => Err(no_such_state(layer, part)),
         }
-        let target = match (&mut self.layers[layer], part) {
-            (LayerState::Mamba { conv, .. }, StatePart::Conv) => &mut conv.values,
-            (LayerState::Mamba { ssm, .. }, _) => &mut ssm.values,
-            (LayerState::Attention(of), StatePart::Keys) => &mut of.keys,
-            (LayerState::Attention(of), _) => &mut of.values,
-        };
-        indices.into_iter().zip(values).for_each(|(i, v)| target[i] = *v);
+    }
+
+    /// Makes slot `to` hold what slot `from` does, a sequence of `positions` tokens.
+    pub(crate) fn copy(&mut self, from: usize, to: usize, positions: usize) -> Result<()> {
+        self.check(from, &(0..positions))?;
+        self.check(to, &(0..positions))?;
+        for layer in &mut self.layers {
+            match layer {
+                LayerState::Mamba { conv, ssm } => {
+                    conv.copy(from, to);
+                    ssm.copy(from, to);
+                }
+                LayerState::Attention(cache) => cache.copy(from, to, &(0..positions)),
+            }
+        }
         Ok(())
     }
 
-    fn check(&self, slot: usize, positions: usize) -> Result<()> {
+    fn check(&self, slot: usize, positions: &Range<usize>) -> Result<()> {
         let &Limits { slots, context, .. } = &self.limits;
         if slot >= slots {
             let allowed = format!("but there are {slots} slots");
             return Err(Error::Batch { what: "slot", got: slot, allowed });
         }
-        if positions > context {
-            return Err(Error::Context { needed: positions, allocated: context });
+        if positions.end > context {
+            return Err(Error::Context { needed: positions.end, allocated: context });
+        }
+        if positions.start > positions.end {
+            let allowed = format!("but it must not be after the end, {}", positions.end);
+            return Err(Error::Batch { what: "first position", got: positions.start, allowed });
         }
         Ok(())
     }
+}
+
+fn check_len(got: usize, expected: usize) -> Result<()> {
+    if got == expected {
+        return Ok(());
+    }
+    let (expected, got) = ([1, expected], [1, got]);
+    Err(Error::Shape { op: "write_state", what: "values", expected, got })
 }
 
 fn no_such_state(layer: usize, part: StatePart) -> Error {

@@ -3,6 +3,8 @@
 use jamba_core::shape::Shaped;
 use jamba_core::{Cols, Error, Result};
 
+use crate::memory::zeros;
+
 /// Row-major f32 activations, allocated for a maximum of rows.
 pub struct Tensor {
     values: Vec<f32>,
@@ -12,8 +14,9 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    pub(crate) fn new(capacity: usize, cols: usize) -> Self {
-        Self { values: vec![0.0; capacity * cols], rows: 0, cols, capacity }
+    pub(crate) fn new(capacity: usize, cols: usize) -> Result<Self> {
+        let values = zeros("the activations of a step", &[capacity, cols])?;
+        Ok(Self { values, rows: 0, cols, capacity })
     }
 
     /// Sets the rows in use and returns their values, which are to be overwritten.

@@ -30,9 +30,11 @@ impl Difference {
             let fault = format!("shape {:?} instead of {:?}", got.shape, expected.shape);
             return Self { fault: Some(fault), ..difference };
         }
-        if let Some(i) = got.values.iter().position(|v| !v.is_finite()) {
-            let fault = format!("element {i} is {}", got.values[i]);
-            return Self { fault: Some(fault), worst: i, ..difference };
+        for (what, values) in [("element", &got.values), ("expected element", &expected.values)] {
+            if let Some(i) = values.iter().position(|v| !v.is_finite()) {
+                let fault = format!("{what} {i} is {}", values[i]);
+                return Self { fault: Some(fault), worst: i, ..difference };
+            }
         }
         let (mut largest, mut square, mut error_square) = (0f64, 0f64, 0f64);
         let mut worst = 0f64;
@@ -78,6 +80,23 @@ impl fmt::Display for Difference {
             ),
         }
     }
+}
+
+/// As [`differences`], and no tensor in `got` that is not in `expected`.
+pub fn all_differences(got: &Recording, expected: &Recording) -> Vec<Difference> {
+    let unexpected = got.tensors.keys().filter(|name| !expected.tensors.contains_key(*name));
+    let unexpected = unexpected
+        .map(|name| Difference { fault: Some("not expected".into()), ..Difference::missing(name) });
+    differences(got, expected).into_iter().chain(unexpected).collect()
+}
+
+/// Whether both have the same tensors, bit by bit.
+pub fn bit_equal(got: &Recording, expected: &Recording) -> bool {
+    let bits = |t: &Recorded| t.values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+    got.tensors.len() == expected.tensors.len()
+        && got.tensors.iter().zip(&expected.tensors).all(|((a, got), (b, expected))| {
+            a == b && got.shape == expected.shape && bits(got) == bits(expected)
+        })
 }
 
 /// Every tensor of `expected` against the one of the same name in `got`.

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use jamba_core::recording::{Recorded, Recording};
+use jamba_core::{Error, Result};
 use safetensors::{Dtype, SafeTensors};
 
 /// The configurations there are, by folder name.
@@ -70,6 +71,37 @@ impl Golden {
         }
         golden
     }
+}
+
+/// Reads the tensors of a safetensors file that hold activations, as f32: F32, F16 and BF16.
+/// Tensors of other types, such as token ids, are left out.
+///
+/// # Errors
+/// [`Error::Io`] or [`Error::Safetensors`].
+pub fn read_trace(path: &Path) -> Result<Recording> {
+    let io = |source| Error::Io { path: path.to_owned(), source };
+    let invalid = |e: safetensors::SafeTensorError| Error::Safetensors {
+        path: path.to_owned(),
+        reason: e.to_string(),
+    };
+    let bytes = std::fs::read(path).map_err(io)?;
+    let file = SafeTensors::deserialize(&bytes).map_err(invalid)?;
+    let mut recording = Recording::default();
+    for (name, view) in file.iter() {
+        let data = view.data();
+        let halves = |widen: fn(u16) -> f32| {
+            data.as_chunks().0.iter().map(|b| widen(u16::from_le_bytes(*b))).collect()
+        };
+        let values = match view.dtype() {
+            Dtype::F32 => data.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+            Dtype::F16 => halves(|bits| half::f16::from_bits(bits).to_f32()),
+            Dtype::BF16 => halves(|bits| half::bf16::from_bits(bits).to_f32()),
+            _ => continue,
+        };
+        let tensor = Recorded { shape: view.shape().to_vec(), values };
+        recording.tensors.insert(name.into(), tensor);
+    }
+    Ok(recording)
 }
 
 fn ids(bytes: &[u8]) -> Vec<u32> {

@@ -1,5 +1,34 @@
-//! What any backend of jamba-core is held to.
+//! What any backend of [`jamba_core`] is held to.
+//!
+//! ```ignore
+//! // tests/conformance.rs of a backend
+//! jamba_tests::conformance!(MyBackend::new());
+//! ```
+//!
+//! expands to one test per case: every operator and block as a [problem] against an
+//! [oracle](oracle::OracleBackend) in f64, every [law](laws) that needs none, every fused block
+//! against its composition, every model of [`lockstep`] layer by layer, and transformers'
+//! [golden] activations. What passes is said by one table, [`tolerance`]. How to write a backend
+//! and read a failure is told in `docs/adding-a-backend.md`.
+
+/// Compiles the code of the docs that is not part of the backend they write.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/adding-a-backend.md")]
+struct Docs;
 
 pub mod compare;
+pub mod conformance;
 pub mod golden;
+pub mod laws;
+pub mod lockstep;
+pub mod mutant;
+pub mod oracle;
+pub mod precision;
+pub mod problem;
 pub mod tolerance;
+
+mod random;
+mod wrap;
+
+pub use conformance::{Case, Failure, Passed, Support, cases, check};
+pub use precision::{Format, Precision};

@@ -7,7 +7,7 @@ use jamba_core::{
     Error, GenerateOptions, Generator, LanguageModel, Model, Result, Session, SessionOptions,
     Tokenizer,
 };
-use jamba_cpu::CpuBackend;
+use jamba_cpu::{CpuBackend, ReferenceBackend};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -69,7 +69,7 @@ fn no_such_folder() {
 #[test]
 fn a_file_instead_of_a_folder() {
     let folder = copy(&golden("pure-mamba"));
-    names(&refusal(&folder.path().join("config.json")), &["config.json", "no such folder"]);
+    names(&refusal(&folder.path().join("config.json")), &["config.json", "this is a file"]);
 }
 
 #[test]
@@ -84,6 +84,37 @@ fn missing_files() {
     }
     let error = Tokenizer::from_folder(golden("pure-mamba")).err().unwrap();
     names(&error.to_string(), &["pure-mamba", "tokenizer.json"]);
+}
+
+#[test]
+fn files_of_another_format() {
+    for (file, instead) in
+        [("model.safetensors", "pytorch_model.bin"), ("tokenizer.json", "tokenizer.model")]
+    {
+        let folder = copy(&golden("pure-mamba"));
+        let _ = fs::remove_file(folder.path().join(file));
+        fs::write(folder.path().join(instead), "").unwrap();
+        let message = match Tokenizer::from_folder(folder.path()) {
+            Err(e) if file == "tokenizer.json" => e.to_string(),
+            _ => refusal(folder.path()),
+        };
+        names(&message, &[file, instead, "converted"]);
+    }
+    let folder = copy(&golden("pure-mamba"));
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n";
+    fs::write(folder.path().join("model.safetensors"), pointer).unwrap();
+    names(&refusal(folder.path()), &["model.safetensors", "git lfs pull"]);
+}
+
+/// Fewer layers in the configuration than in the weights would run, and compute something else.
+#[test]
+fn weights_that_the_configuration_does_not_know() {
+    let folder = copy(&golden("pure-mamba"));
+    let path = folder.path().join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    config["num_hidden_layers"] = json!(3);
+    fs::write(&path, config.to_string()).unwrap();
+    names(&refusal(folder.path()), &["not part of the model", "model.layers.3."]);
 }
 
 #[test]
@@ -274,5 +305,24 @@ fn options_that_make_no_sense() {
     ] {
         let error = model.session(options).err().unwrap().to_string();
         names(&error, &[name, "0", "at least 1"]);
+    }
+}
+
+/// A context that the machine has no memory for is an error, not the end of the process.
+#[test]
+fn a_context_that_does_not_fit_the_machine() {
+    let folder = golden("paper-block");
+    let models: [Box<dyn LanguageModel>; 2] = [
+        Box::new(load(&folder).unwrap()),
+        Box::new(Model::load(&folder, ReferenceBackend).unwrap()),
+    ];
+    for model in models {
+        for context in [usize::MAX, usize::MAX / 4, 1 << 50] {
+            let options = SessionOptions { context, ..SessionOptions::default() };
+            let error = model.session(options).err().unwrap();
+            assert!(matches!(error, Error::Memory { .. }), "{error}");
+        }
+        let options = SessionOptions { context: 1 << 50, chunk: 1 << 45, outputs: 1 };
+        names(&model.session(options).err().unwrap().to_string(), &["bytes", "smaller"]);
     }
 }

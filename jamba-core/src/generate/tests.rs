@@ -1,3 +1,4 @@
+use std::ops::Range;
 use std::sync::{Mutex, OnceLock};
 
 use proptest::prelude::*;
@@ -7,6 +8,7 @@ use super::*;
 use crate::backend::{Limits, StatePart};
 use crate::batch::Batch;
 use crate::config::Config;
+use crate::fingerprint::{Fingerprint, Hasher};
 use crate::model::Runner;
 use crate::trace::{Detail, Listener};
 
@@ -67,6 +69,51 @@ impl Runner for Script {
 
     fn read_state(&self, _: usize, _: StatePart, _: usize, _: usize) -> Result<Vec<f32>> {
         Ok(Vec::new())
+    }
+
+    fn write_state(&mut self, _: usize, _: StatePart, _: usize, _: usize, _: &[f32]) -> Result<()> {
+        Ok(())
+    }
+
+    fn read_positions(
+        &self,
+        _: usize,
+        _: StatePart,
+        _: usize,
+        _: Range<usize>,
+    ) -> Result<Vec<f32>> {
+        Ok(Vec::new())
+    }
+
+    fn write_positions(
+        &mut self,
+        _: usize,
+        _: StatePart,
+        _: usize,
+        _: Range<usize>,
+        _: &[f32],
+    ) -> Result<()> {
+        Ok(())
+    }
+
+    fn copy_slot(&mut self, _: usize, _: usize, _: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn fingerprint(&self) -> Fingerprint {
+        Hasher::new().finish()
+    }
+
+    fn sequence_bytes(&self, _: usize) -> u64 {
+        0
+    }
+
+    fn is_chunk_invariant(&self) -> bool {
+        true
+    }
+
+    fn sibling(&self, _: Limits) -> Result<Box<dyn Runner>> {
+        Err(Error::EngineStopped)
     }
 }
 
@@ -255,7 +302,10 @@ fn characters_split_over_tokens() {
     assert_eq!(generator.by_ref().take(3).map(|p| p.unwrap().text).collect::<String>(), "a");
     cancel.cancel();
     let text = "\u{FFFD}".to_owned();
-    assert_eq!(generator.next().unwrap().unwrap(), Piece { id: None, logprob: 0.0, text });
+    assert_eq!(
+        generator.next().unwrap().unwrap(),
+        Piece { id: None, logprob: 0.0, top: Vec::new(), text }
+    );
     assert!(generator.next().is_none());
     assert_eq!(generator.finish_reason(), Some(FinishReason::Cancelled));
     assert_eq!(generator.pending(), Some(ids[2]));

@@ -111,7 +111,7 @@ impl Backend for ReferenceBackend {
     }
 
     fn new_state(&self, config: &Config, limits: &Limits) -> Result<ReferenceState> {
-        Ok(ReferenceState::new(config, limits))
+        ReferenceState::new(config, limits)
     }
 
     fn reset_slot(&self, state: &mut ReferenceState, slot: usize) -> Result<()> {
@@ -139,6 +139,10 @@ impl Backend for ReferenceBackend {
         values: &[f32],
     ) -> Result<()> {
         state.write(layer, part, slot, positions, values)
+    }
+
+    fn is_chunk_invariant(&self) -> bool {
+        true
     }
 
     fn stage(&self, state: &mut ReferenceState, batch: &Batch) -> Result<()> {

@@ -3,7 +3,9 @@
 use jamba_core::backend::{Limits, StatePart};
 use jamba_core::schedule::{MixerKind, Schedule};
 use jamba_core::{Batch, Config, Error, Result};
-use ndarray::{Array3, Array4, ArrayViewMutD, s};
+use ndarray::{Array, Array3, Array4, ArrayViewMutD, Dimension, IntoDimension, s};
+
+use crate::memory::zeros;
 
 /// State of all layers and slots.
 pub struct ReferenceState {
@@ -34,23 +36,32 @@ pub(super) struct Cache {
 }
 
 impl ReferenceState {
-    pub(super) fn new(config: &Config, limits: &Limits) -> Self {
+    pub(super) fn new(config: &Config, limits: &Limits) -> Result<Self> {
         let &Limits { slots, context, .. } = limits;
         let d_inner = config.d_inner();
         let (kv_heads, head_dim) = (config.num_key_value_heads, config.head_dim);
-        let layer = |mixer| match mixer {
-            MixerKind::Mamba => LayerState::Mamba {
-                conv: Array3::zeros((slots, d_inner, config.mamba_d_conv - 1)),
-                ssm: Array3::zeros((slots, d_inner, config.mamba_d_state)),
-            },
-            MixerKind::Attention => LayerState::Attention(Cache {
-                keys: Array4::zeros((slots, kv_heads, context, head_dim)),
-                values: Array4::zeros((slots, kv_heads, context, head_dim)),
-                heads: [config.num_attention_heads, kv_heads, head_dim],
-            }),
+        let channels = |per_channel| {
+            let shape = [slots, d_inner, per_channel];
+            array(shape, zeros("Mamba states", &shape)?)
         };
-        let layers = Schedule::new(config).iter().map(|kind| layer(kind.mixer)).collect();
-        Self { batch: Batch::new(), layers, slots, context }
+        let cache = || {
+            let shape = [slots, kv_heads, context, head_dim];
+            array(shape, zeros("a KV cache", &shape)?)
+        };
+        let layer = |mixer| match mixer {
+            MixerKind::Mamba => Ok(LayerState::Mamba {
+                conv: channels(config.mamba_d_conv - 1)?,
+                ssm: channels(config.mamba_d_state)?,
+            }),
+            MixerKind::Attention => Ok(LayerState::Attention(Cache {
+                keys: cache()?,
+                values: cache()?,
+                heads: [config.num_attention_heads, kv_heads, head_dim],
+            })),
+        };
+        let schedule = Schedule::new(config);
+        let layers = schedule.iter().map(|kind| layer(kind.mixer)).collect::<Result<_>>()?;
+        Ok(Self { batch: Batch::new(), layers, slots, context })
     }
 
     pub(super) fn conv(&mut self, layer: usize) -> Result<(&Batch, &mut Array3<f32>)> {
@@ -153,6 +164,21 @@ impl ReferenceState {
         }
         Ok(())
     }
+}
+
+/// Values as an array of a shape of as many elements.
+fn array<const N: usize, D>(shape: [usize; N], values: Vec<f32>) -> Result<Array<f32, D>>
+where
+    [usize; N]: IntoDimension<Dim = D>,
+    D: Dimension,
+{
+    let got = [1, values.len()];
+    Array::from_shape_vec(shape, values).map_err(|_| Error::Shape {
+        op: "new_state",
+        what: "values",
+        expected: [1, shape.iter().product()],
+        got,
+    })
 }
 
 fn no_such_state(layer: usize, part: StatePart) -> Error {

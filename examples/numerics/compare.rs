@@ -1,5 +1,6 @@
 //! Two backends layer by layer, or two traces by name: where one departs from the other.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -14,6 +15,8 @@ use jamba_tests::compare::{Difference, all_differences};
 use jamba_tests::golden::read_trace;
 use jamba_tests::lockstep::{LayerRunner, Layers, lockstep};
 use jamba_tests::oracle::OracleBackend;
+#[cfg(feature = "cuda")]
+use {jamba_cuda::Precision, jamba_examples::cuda};
 
 /// Runs a model on two backends in lockstep: every layer of B gets the input and the state that
 /// A's gets, and the largest and the mean error of its output and states are shown. With --trace,
@@ -30,7 +33,8 @@ struct Args {
     /// Folder with config.json and safetensors [default: the demo model].
     #[arg(long, value_name = "DIR", conflicts_with = "preset")]
     model: Option<PathBuf>,
-    /// The shape of a published model, with random weights in bf16.
+    /// The shape of a published model, with random weights in bf16. Each backend holds them all:
+    /// cut large ones with --layers.
     #[arg(long, value_name = "NAME")]
     preset: Option<String>,
     /// Seed of the random weights and tokens.
@@ -65,6 +69,10 @@ enum On {
     Reference,
     /// Multi-threaded, vectorised.
     Cpu,
+    /// The first NVIDIA GPU, bf16 weights and products (built with `--features cuda`).
+    Cuda,
+    /// The first NVIDIA GPU, everything in f32 (built with `--features cuda`).
+    CudaF32,
 }
 
 impl On {
@@ -78,6 +86,12 @@ impl On {
             Self::Oracle => layers(OracleBackend, config, source, limits),
             Self::Reference => layers(ReferenceBackend, config, source, limits),
             Self::Cpu => layers(CpuBackend::new(), config, source, limits),
+            #[cfg(feature = "cuda")]
+            Self::Cuda => layers(cuda(Precision::Bf16)?, config, source, limits),
+            #[cfg(feature = "cuda")]
+            Self::CudaF32 => layers(cuda(Precision::F32)?, config, source, limits),
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda | Self::CudaF32 => Err(jamba_examples::without_cuda()),
         }
     }
 }
@@ -132,12 +146,13 @@ fn backends(args: &Args, config: &Config, source: &impl ParamSource) -> Result<(
     let batches: Vec<Batch> =
         chunks.map(|(i, ids)| Batch::single(0, i * chunk, ids, Outputs::All)).collect();
     let report = lockstep(&mut *a, &mut *b, &batches)?;
-    if args.json {
-        println!("{:#}", report.to_json());
-    } else {
-        println!("{report}");
-    }
+    show(&if args.json { format!("{:#}\n", report.to_json()) } else { report.to_string() });
     Ok(())
+}
+
+/// Prints; a reader that has gone, such as `head`, is no error.
+fn show(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
 fn traces(files: &[PathBuf], json: bool) -> Result<()> {
@@ -150,11 +165,14 @@ fn traces(files: &[PathBuf], json: bool) -> Result<()> {
                 "fault": d.fault,
             })
         };
-        println!("{:#}", differences.iter().map(row).collect::<serde_json::Value>());
+        show(&format!("{:#}\n", differences.iter().map(row).collect::<serde_json::Value>()));
         return Ok(());
     }
-    println!("{} against {}", files[1].display(), files[0].display());
-    println!("errors as shares of the largest value, and root mean squares (rms)\n");
-    differences.iter().for_each(|d| println!("{d}"));
+    let lines: String = differences.iter().map(|d| format!("{d}\n")).collect();
+    show(&format!(
+        "{} against {}\nerrors as shares of the largest value, and root mean squares (rms)\n\n{lines}",
+        files[1].display(),
+        files[0].display()
+    ));
     Ok(())
 }

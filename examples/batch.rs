@@ -1,0 +1,214 @@
+//! Many prompts from a file, through the engine.
+
+use std::io::{IsTerminal, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::Parser;
+use jamba_core::{
+    Completion, Engine, EngineOptions, Error, GenerateOptions, Request, Result, Sampling, Tokenizer,
+};
+use jamba_examples::{BackendName, demo_model, print, run};
+use serde_json::{Value, json};
+
+/// Continues every prompt of a file, many at a time, and prints the texts in the order of the
+/// prompts.
+///
+/// The file has a prompt in each line: as it is, or, where every line is a JSON object, in its
+/// field `prompt`, with `max_tokens`, `seed` and `priority` if they are to differ. Texts go to
+/// stdout, progress and throughput to stderr. A text does not depend on the number of slots.
+#[derive(Parser)]
+struct Args {
+    /// File of prompts, UTF-8; `-` is stdin.
+    #[arg(value_name = "FILE")]
+    prompts: PathBuf,
+    /// Folder with config.json, tokenizer.json and safetensors [default: the demo model].
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Tokens to generate at most for each prompt.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    max_tokens: usize,
+    /// Divides the logits: 0 always takes the most probable token [default: the model's].
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    temperature: Option<f32>,
+    /// Seed of the first prompt; the next has the next.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Go on after an end-of-text token.
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Prompts that run at the same time.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    slots: usize,
+    /// Tokens of a prompt and its text at most [default: what the longest may need].
+    #[arg(long, value_name = "N")]
+    context: Option<usize>,
+    /// Tokens of one step at most.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    step_tokens: usize,
+    /// MiB of states that are kept for prompts that begin alike (0: none).
+    #[arg(long, value_name = "MIB", default_value_t = 256)]
+    prefix_cache: u64,
+    /// Where to run.
+    #[arg(long, value_enum, default_value = "cpu")]
+    backend: BackendName,
+    /// Print a JSON object for each prompt: prompt, ids, text, finish_reason, usage.
+    #[arg(long)]
+    json: bool,
+}
+
+fn main() -> ExitCode {
+    run(|| batch(&Args::parse()))
+}
+
+struct Prompt {
+    text: String,
+    request: Request,
+}
+
+fn batch(args: &Args) -> Result<()> {
+    let folder = args.model.clone().unwrap_or_else(demo_model);
+    let file = read(&args.prompts)?;
+    let model = args.backend.load(&folder)?;
+    let tokenizer = Tokenizer::from_folder(&folder)?;
+    let mut sampling = Sampling::from_folder(&folder)?;
+    sampling.temperature = args.temperature.unwrap_or(sampling.temperature);
+    let prompts = prompts(args, &file, &tokenizer, &sampling)?;
+    let longest = prompts.iter().map(|p| p.request.prompt.len() + p.request.options.max_tokens);
+    let options = EngineOptions {
+        slots: args.slots,
+        context: args.context.unwrap_or(longest.max().unwrap_or(1).max(1)),
+        step_tokens: args.step_tokens,
+        queue: prompts.len().max(1),
+        prefix_cache: args.prefix_cache.saturating_mul(1 << 20),
+        memory: None,
+    };
+    let engine = Engine::new(&*model, &tokenizer, options)?;
+
+    let start = Instant::now();
+    let mut streams = Vec::new();
+    for prompt in &prompts {
+        streams.push(engine.submit(prompt.request.clone())?);
+    }
+    let mut progress =
+        Progress { done: 0, of: prompts.len(), shown: std::io::stderr().is_terminal() };
+    for (prompt, stream) in prompts.iter().zip(streams) {
+        let completion = stream.collect_all()?;
+        progress.clear();
+        print(&line(args, prompt, &completion))?;
+        progress.next(engine.stats().generated_tokens as f64 / start.elapsed().as_secs_f64());
+    }
+    let seconds = start.elapsed().as_secs_f64();
+    progress.clear();
+    engine.shutdown();
+    let stats = engine.stats();
+    eprintln!(
+        "[{} prompts through {} slots in {seconds:.2} s: {} prompt tokens run, {} from stored states; \
+         generated {} at {:.0}/s; {} steps]",
+        prompts.len(),
+        args.slots,
+        stats.prompt_tokens,
+        stats.prefix.hit_tokens,
+        stats.generated_tokens,
+        stats.generated_tokens as f64 / seconds,
+        stats.steps,
+    );
+    Ok(())
+}
+
+fn read(path: &Path) -> Result<String> {
+    let mut text = String::new();
+    let result = if path.as_os_str() == "-" {
+        std::io::stdin().read_to_string(&mut text)
+    } else {
+        std::fs::File::open(path).and_then(|mut file| file.read_to_string(&mut text))
+    };
+    result.map_err(|source| Error::Io { path: path.to_owned(), source })?;
+    Ok(text)
+}
+
+/// A request for each line that is not empty.
+fn prompts(
+    args: &Args,
+    file: &str,
+    tokenizer: &Tokenizer,
+    sampling: &Sampling,
+) -> Result<Vec<Prompt>> {
+    let lines = || file.lines().filter(|line| !line.trim().is_empty());
+    let objects: Option<Vec<Value>> =
+        lines().map(|line| serde_json::from_str(line).ok().filter(Value::is_object)).collect();
+    let plain = || lines().map(|line| json!({ "prompt": line })).collect();
+    let mut prompts = Vec::new();
+    for (fields, number) in objects.unwrap_or_else(plain).into_iter().zip(0..) {
+        let text = fields["prompt"].as_str().ok_or_else(|| Error::Option {
+            option: "prompt",
+            value: fields.to_string(),
+            allowed: "every JSON line must have a string `prompt`",
+        })?;
+        let size = |key: &str| fields[key].as_u64().and_then(|n| usize::try_from(n).ok());
+        let seed = fields["seed"].as_u64().unwrap_or(args.seed.wrapping_add(number));
+        let options = GenerateOptions {
+            sampling: Sampling { seed, ..sampling.clone() },
+            max_tokens: size("max_tokens").unwrap_or(args.max_tokens),
+            ignore_eos: args.ignore_eos,
+            ..GenerateOptions::default()
+        };
+        let priority = fields["priority"].as_i64().and_then(|n| i32::try_from(n).ok());
+        let request = Request {
+            priority: priority.unwrap_or(0),
+            ..Request::new(tokenizer.encode(text)?, options)
+        };
+        prompts.push(Prompt { text: text.to_owned(), request });
+    }
+    Ok(prompts)
+}
+
+fn line(args: &Args, prompt: &Prompt, completion: &Completion) -> String {
+    let Completion { ids, text, finish_reason, usage, .. } = completion;
+    if !args.json {
+        return format!("{}{text}\n", prompt.text);
+    }
+    let json = json!({
+        "prompt": prompt.text,
+        "ids": ids,
+        "text": text,
+        "finish_reason": finish_reason.map(|reason| reason.as_str()),
+        "usage": {
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "generated_tokens": usage.generated_tokens,
+            "queue_seconds": usage.queue_time.as_secs_f64(),
+            "prompt_seconds": usage.prompt_time.as_secs_f64(),
+            "first_token_seconds": usage.first_token_time.as_secs_f64(),
+            "generation_seconds": usage.generation_time.as_secs_f64(),
+        },
+    });
+    format!("{json}\n")
+}
+
+/// A bar on stderr, if that is a terminal.
+struct Progress {
+    done: usize,
+    of: usize,
+    shown: bool,
+}
+
+impl Progress {
+    fn clear(&self) {
+        if self.shown {
+            eprint!("\r\x1b[K");
+        }
+    }
+
+    fn next(&mut self, tokens_per_second: f64) {
+        const WIDTH: usize = 30;
+        self.done += 1;
+        if self.shown {
+            let full = WIDTH * self.done / self.of.max(1);
+            let bar = "#".repeat(full) + &".".repeat(WIDTH - full);
+            eprint!("[{bar}] {}/{} at {tokens_per_second:.0} tokens/s", self.done, self.of);
+            let _ = std::io::stderr().flush();
+        }
+    }
+}

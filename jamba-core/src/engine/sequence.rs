@@ -1,0 +1,184 @@
+//! One request while it has a slot.
+
+use std::sync::mpsc::Sender;
+use std::time::Instant;
+
+use super::queue::Job;
+use super::stream::{Event, RequestUsage};
+use crate::error::{Error, Result};
+use crate::generate::{CancelToken, FinishReason, Writer};
+use crate::logprobs::{Scored, scored};
+
+/// Tokens that are not worth a state of their own.
+const GRAIN: usize = 16;
+
+/// A request that runs.
+pub(super) struct Sequence {
+    pub(super) prompt: Vec<u32>,
+    pub(super) cancel: CancelToken,
+    /// Bytes that it counts with.
+    pub(super) bytes: u64,
+    /// Tokens that its slot holds: of the prompt, then generated ones.
+    pub(super) position: usize,
+    /// The last generated token, which the slot does not hold yet.
+    pub(super) pending: Option<u32>,
+    /// Positions of the prompt at which the state is to be kept, ascending.
+    pub(super) keep_at: Vec<usize>,
+    writer: Writer,
+    scores: Option<Scores>,
+    events: Sender<Event>,
+    submitted: Instant,
+    /// When it got its slot, then when its prompt was read.
+    since: Instant,
+    usage: RequestUsage,
+}
+
+/// Of the prompt's tokens.
+struct Scores {
+    top: usize,
+    done: Vec<Scored>,
+    /// Logits after the last token of the prompt so far.
+    previous: Vec<f32>,
+}
+
+/// Whether a sequence goes on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Next {
+    GoOn,
+    /// It ended by itself.
+    Finished,
+    /// Nobody listens any more.
+    Unheard,
+}
+
+impl Sequence {
+    pub(super) fn new(job: Job, writer: Writer) -> Self {
+        let Job { prompt, options, keep_at, events, cancel, submitted, bytes, .. } = job;
+        let top = options.prompt_logprobs;
+        let queue_time = submitted.elapsed();
+        Self {
+            prompt,
+            cancel,
+            bytes,
+            position: 0,
+            pending: None,
+            keep_at,
+            writer,
+            scores: top.map(|top| Scores { top, done: Vec::new(), previous: Vec::new() }),
+            events,
+            submitted,
+            since: Instant::now(),
+            usage: RequestUsage { queue_time, ..RequestUsage::default() },
+        }
+    }
+
+    /// Whether every token of the prompt has to be run, for its logits.
+    pub(super) fn is_scored(&self) -> bool {
+        self.scores.is_some()
+    }
+
+    /// The first tokens of the prompt are there.
+    pub(super) fn start(&mut self, cached: usize) {
+        self.position = cached;
+        self.usage.cached_tokens = cached;
+        self.usage.prompt_tokens = cached;
+    }
+
+    /// Decides where states are to be kept: at the end of the prompt, at what the request names, at
+    /// the junction with prompts seen before, and before the end at distances that double. So a
+    /// prompt that parts from this one `n` tokens before its end runs fewer than `max(n, GRAIN)` of
+    /// its tokens again, for a number of states that is the logarithm of its length.
+    pub(super) fn plan(&mut self, known: usize) {
+        let (start, end) = (self.position, self.prompt.len());
+        let distances = std::iter::successors(Some(GRAIN), |distance| distance.checked_mul(2));
+        let before = distances.map_while(|distance| end.checked_sub(distance));
+        let before = before.take_while(|at| *at >= start + GRAIN);
+        self.keep_at.extend(before);
+        self.keep_at.push(end);
+        if known >= start + GRAIN {
+            self.keep_at.push(known);
+        }
+        self.keep_at.retain(|at| (start + 1..=end).contains(at));
+        self.keep_at.sort_unstable();
+        self.keep_at.dedup();
+    }
+
+    /// Tokens of the prompt that are still to run.
+    pub(super) fn rest(&self) -> usize {
+        self.prompt.len() - self.position.min(self.prompt.len())
+    }
+
+    /// The end of the next part of the prompt, of at most `tokens` tokens.
+    pub(super) fn part_end(&self, tokens: usize) -> usize {
+        let end = self.position + self.rest().min(tokens);
+        self.keep_at.iter().copied().find(|at| *at > self.position).map_or(end, |at| at.min(end))
+    }
+
+    /// The slot holds more of the prompt; `rows` of logits of these tokens, if it is scored.
+    pub(super) fn read_part(&mut self, end: usize, vocab_size: usize, rows: &[f32]) {
+        let part = self.position..end;
+        self.usage.prompt_tokens += part.len();
+        self.position = end;
+        let Some(scores) = &mut self.scores else { return };
+        for (&id, logits) in self.prompt[part].iter().zip(rows.chunks_exact(vocab_size)) {
+            if !scores.previous.is_empty() {
+                scores.done.push(scored(&scores.previous, id, scores.top));
+            }
+            scores.previous.clear();
+            scores.previous.extend_from_slice(logits);
+        }
+    }
+
+    /// The whole prompt is in the slot.
+    pub(super) fn end_prompt(&mut self) -> Result<Next> {
+        self.writer.prompt(&self.prompt, self.prompt.len())?;
+        self.usage.prompt_time = self.since.elapsed();
+        self.since = Instant::now();
+        if let Some(scores) = self.scores.take() {
+            let _ = self.events.send(Event::PromptScores(scores.done));
+        }
+        if self.writer.is_done() {
+            self.finish(FinishReason::Length);
+            return Ok(Next::Finished);
+        }
+        Ok(Next::GoOn)
+    }
+
+    /// Chooses the next token. `is_full` says that the slot has no room for it.
+    pub(super) fn write(&mut self, logits: &[f32], is_full: bool) -> Result<Next> {
+        let (piece, reason) = self.writer.write(logits, is_full)?;
+        self.pending = piece.id;
+        self.usage.generated_tokens += 1;
+        if self.usage.generated_tokens == 1 {
+            self.usage.first_token_time = self.submitted.elapsed();
+        }
+        if self.events.send(Event::Piece(piece)).is_err() {
+            return Ok(Next::Unheard);
+        }
+        let Some(reason) = reason else { return Ok(Next::GoOn) };
+        self.finish(reason);
+        Ok(Next::Finished)
+    }
+
+    /// Tells the end after a cancellation, with the text that was held back.
+    pub(super) fn finish_cancelled(&mut self) {
+        if let Ok(Some(piece)) = self.writer.rest() {
+            let _ = self.events.send(Event::Piece(piece));
+        }
+        self.finish(FinishReason::Cancelled);
+    }
+
+    fn finish(&mut self, reason: FinishReason) {
+        if self.position >= self.prompt.len() {
+            self.usage.generation_time = self.since.elapsed();
+        } else {
+            self.usage.prompt_time = self.since.elapsed();
+        }
+        // Whoever does not listen any more does not need to know.
+        let _ = self.events.send(Event::Finished(reason, self.usage));
+    }
+
+    pub(super) fn fail(&self, error: Error) {
+        let _ = self.events.send(Event::Failed(error));
+    }
+}

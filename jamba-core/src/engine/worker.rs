@@ -1,0 +1,307 @@
+//! The thread that owns the model: takes requests into slots and steps them together.
+
+use std::sync::Arc;
+
+use super::prefix::PrefixCache;
+use super::queue::{EngineStats, Job, Shared};
+use super::sequence::{Next, Sequence};
+use super::stream::Event;
+use crate::batch::{Batch, Outputs};
+use crate::error::{Error, Result};
+use crate::generate::Writer;
+use crate::model::Runner;
+use crate::state::{Checkpoint, Lineage};
+use crate::tokenizer::Tokenizer;
+
+pub(super) struct Worker {
+    shared: Arc<Shared>,
+    runner: Box<dyn Runner>,
+    tokenizer: Tokenizer,
+    cache: Option<PrefixCache>,
+    budget: u64,
+    slots: Vec<Slot>,
+    batch: Batch,
+    parts: Vec<Part>,
+    stats: EngineStats,
+}
+
+#[derive(Default)]
+struct Slot {
+    /// What is known of its keys and values; also without a sequence.
+    lineage: Lineage,
+    sequence: Option<Sequence>,
+}
+
+/// A run of the batch.
+struct Part {
+    slot: usize,
+    /// Tokens that the slot holds after it.
+    end: usize,
+    rows: usize,
+}
+
+/// Ends all streams if the thread ends, also if it panics.
+struct Abandon(Arc<Shared>);
+
+impl Drop for Abandon {
+    fn drop(&mut self) {
+        self.0.abandon();
+    }
+}
+
+impl Worker {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        runner: Box<dyn Runner>,
+        tokenizer: &Tokenizer,
+        prefix_cache: u64,
+        budget: u64,
+    ) -> Self {
+        let slots = (0..runner.limits().slots).map(|_| Slot::default()).collect();
+        Self {
+            shared,
+            runner,
+            tokenizer: tokenizer.clone(),
+            cache: (prefix_cache > 0).then(|| PrefixCache::new(prefix_cache)),
+            budget,
+            slots,
+            batch: Batch::new(),
+            parts: Vec::new(),
+            stats: EngineStats::default(),
+        }
+    }
+
+    pub(super) fn run(mut self) {
+        let _abandon = Abandon(self.shared.clone());
+        while self.admit() {
+            self.step();
+        }
+    }
+
+    /// Takes requests into free slots; waits for one if there is none at all. False at the end.
+    fn admit(&mut self) -> bool {
+        self.drop_cancelled();
+        let sequences = || self.slots.iter().filter_map(|slot| slot.sequence.as_ref());
+        let running = sequences().count();
+        let mut free = self.slots.len() - running;
+        let mut bytes = sequences().map(|sequence| sequence.bytes).sum::<u64>();
+        self.stats.running = running;
+        self.stats.running_bytes = bytes;
+        self.stats.prefix = self.cache.as_ref().map(PrefixCache::stats).unwrap_or_default();
+        let budget = self.budget;
+        let fits = |job: &Job| {
+            let fits = free > 0 && bytes.saturating_add(job.bytes) <= budget;
+            if fits {
+                free -= 1;
+                bytes += job.bytes;
+            }
+            fits
+        };
+        let Some(jobs) = self.shared.take(running == 0, self.stats, fits) else {
+            return false;
+        };
+        jobs.into_iter().for_each(|job| self.start(job));
+        true
+    }
+
+    fn drop_cancelled(&mut self) {
+        for slot in &mut self.slots {
+            if let Some(sequence) = &mut slot.sequence
+                && sequence.cancel.is_cancelled()
+            {
+                sequence.finish_cancelled();
+                slot.sequence = None;
+                self.stats.cancelled += 1;
+            }
+        }
+    }
+
+    /// Gives a request a slot, and the longest stored state that begins its prompt.
+    fn start(&mut self, job: Job) {
+        let writer = Writer::new(&self.tokenizer, self.runner.config(), job.options.clone());
+        let mut sequence = match writer {
+            Ok(writer) => Sequence::new(job, writer),
+            Err(error) => {
+                let _ = job.events.send(Event::Failed(error));
+                self.stats.failed += 1;
+                return;
+            }
+        };
+        let found = match &mut self.cache {
+            Some(cache) if !sequence.is_scored() => Some(cache.find(&sequence.prompt)),
+            _ => None,
+        };
+        let state = found.as_ref().and_then(|found| found.state.as_ref());
+        let free = self.slots.iter().enumerate().filter(|(_, slot)| slot.sequence.is_none());
+        // The slot that has most of the state already.
+        let common = |slot: &Slot| state.map_or(0, |state| slot.lineage.common(state));
+        let Some((index, _)) = free.max_by_key(|(_, slot)| common(slot)) else { return };
+        let slot = &mut self.slots[index];
+        let prepared = match state {
+            Some(state) => slot.lineage.restore(&mut *self.runner, index, state),
+            None => {
+                slot.lineage.cut(0);
+                self.runner.reset(index)
+            }
+        };
+        if let Err(error) = prepared {
+            slot.lineage.cut(0);
+            sequence.fail(error);
+            self.stats.failed += 1;
+            return;
+        }
+        sequence.start(state.map_or(0, |state| state.position()));
+        if let Some(found) = &found {
+            sequence.plan(found.known);
+        } else {
+            sequence.keep_at.clear();
+        }
+        let ready = state.filter(|_| sequence.rest() == 0).map(|state| state.logits().to_vec());
+        slot.sequence = Some(sequence);
+        if let Some(logits) = ready {
+            let next = self.begin(index, &logits);
+            self.end(index, next);
+        }
+    }
+
+    /// Steps every running sequence that has a part in this step.
+    fn step(&mut self) {
+        self.fill();
+        if self.parts.is_empty() {
+            return;
+        }
+        self.stats.steps += 1;
+        let logits = self.runner.step(&self.batch).and_then(|()| self.runner.logits());
+        let parts = std::mem::take(&mut self.parts);
+        match logits {
+            Ok(logits) => {
+                let vocab_size = self.runner.config().vocab_size;
+                let mut rest = &logits[..];
+                for part in &parts {
+                    let (rows, others) = rest.split_at((part.rows * vocab_size).min(rest.len()));
+                    rest = others;
+                    let next = self.advance(part, rows);
+                    self.end(part.slot, next);
+                }
+            }
+            Err(error) => {
+                let source = Arc::new(error);
+                for part in &parts {
+                    let error = Error::Step { source: source.clone() };
+                    self.end(part.slot, Err(error));
+                }
+            }
+        }
+        self.parts = parts;
+    }
+
+    /// Makes the batch: a token of every generation, then parts of the prompts, in equal shares of
+    /// the tokens that are left.
+    fn fill(&mut self) {
+        let limits = self.runner.limits();
+        self.batch.clear();
+        self.parts.clear();
+        for (index, slot) in self.slots.iter().enumerate() {
+            let Some(Sequence { pending: Some(id), position, .. }) = &slot.sequence else {
+                continue;
+            };
+            self.batch.push(index, *position, &[*id], Outputs::Last);
+            self.parts.push(Part { slot: index, end: position + 1, rows: 1 });
+        }
+        let is_reading = |slot: &Slot| slot.sequence.as_ref().is_some_and(|s| s.pending.is_none());
+        let mut reading = self.slots.iter().filter(|slot| is_reading(slot)).count();
+        let mut tokens = limits.tokens - self.parts.len();
+        // One row is left for each sequence that is not scored.
+        let mut rows = limits.outputs - limits.slots;
+        for (index, slot) in self.slots.iter().enumerate() {
+            let Some(sequence) = slot.sequence.as_ref().filter(|_| is_reading(slot)) else {
+                continue;
+            };
+            let mut share = tokens.div_ceil(reading);
+            reading -= 1;
+            if sequence.is_scored() {
+                share = share.min(rows);
+            }
+            let end = sequence.part_end(share);
+            let part = sequence.position..end;
+            if part.is_empty() {
+                continue;
+            }
+            tokens -= part.len();
+            let (outputs, count) = if sequence.is_scored() {
+                rows -= part.len();
+                (Outputs::All, part.len())
+            } else if end == sequence.prompt.len() || sequence.keep_at.contains(&end) {
+                (Outputs::Last, 1)
+            } else {
+                (Outputs::None, 0)
+            };
+            self.batch.push(index, sequence.position, &sequence.prompt[part], outputs);
+            self.parts.push(Part { slot: index, end, rows: count });
+        }
+    }
+
+    /// Takes what a step computed for one sequence.
+    fn advance(&mut self, part: &Part, rows: &[f32]) -> Result<Next> {
+        let vocab_size = self.runner.config().vocab_size;
+        let context = self.runner.limits().context;
+        let Some(sequence) = &mut self.slots[part.slot].sequence else { return Ok(Next::GoOn) };
+        if !rows.iter().all(|v| v.is_finite()) {
+            return Err(Error::NonFinite { position: part.end });
+        }
+        let last = &rows[rows.len().saturating_sub(vocab_size)..];
+        if sequence.pending.is_some() {
+            sequence.position = part.end;
+            self.stats.generated_tokens += 1;
+            return sequence.write(last, part.end >= context);
+        }
+        self.stats.prompt_tokens += (part.end - sequence.position) as u64;
+        sequence.read_part(part.end, vocab_size, rows);
+        let is_read = sequence.rest() == 0;
+        if sequence.keep_at.contains(&part.end) {
+            self.keep(part, last)?;
+        }
+        if is_read { self.begin(part.slot, last) } else { Ok(Next::GoOn) }
+    }
+
+    /// Keeps the state of a slot for later prompts.
+    fn keep(&mut self, part: &Part, logits: &[f32]) -> Result<()> {
+        let Slot { lineage, sequence } = &mut self.slots[part.slot];
+        let (Some(cache), Some(sequence)) = (&mut self.cache, sequence) else { return Ok(()) };
+        let checkpoint = Checkpoint::read(&*self.runner, part.slot, part.end, logits)?;
+        let tokens = &sequence.prompt[..part.end];
+        let checkpoint = Arc::new(checkpoint);
+        cache.insert(lineage.capture(&*self.runner, part.slot, tokens, &[], checkpoint)?);
+        Ok(())
+    }
+
+    /// The prompt of a sequence is in its slot: the first token.
+    fn begin(&mut self, slot: usize, logits: &[f32]) -> Result<Next> {
+        let context = self.runner.limits().context;
+        let Some(sequence) = &mut self.slots[slot].sequence else { return Ok(Next::GoOn) };
+        match sequence.end_prompt()? {
+            Next::GoOn => {}
+            other => return Ok(other),
+        }
+        self.stats.generated_tokens += 1;
+        sequence.write(logits, sequence.position >= context)
+    }
+
+    /// Frees the slot of a sequence that does not go on.
+    fn end(&mut self, slot: usize, next: Result<Next>) {
+        let slot = &mut self.slots[slot];
+        match next {
+            Ok(Next::GoOn) => return,
+            Ok(Next::Finished) => self.stats.finished += 1,
+            Ok(Next::Unheard) => self.stats.cancelled += 1,
+            Err(error) => {
+                if let Some(sequence) = &slot.sequence {
+                    sequence.fail(error);
+                }
+                slot.lineage.cut(0);
+                self.stats.failed += 1;
+            }
+        }
+        slot.sequence = None;
+    }
+}

@@ -1,0 +1,99 @@
+//! Logits of one sequence to pieces of text.
+
+use super::stops::Stops;
+use super::{FinishReason, GenerateOptions, Piece};
+use crate::config::Config;
+use crate::error::Result;
+use crate::logprobs::top_log_probs;
+use crate::sampler::{Sampled, Sampler};
+use crate::tokenizer::{Decoder, Tokenizer};
+
+/// What a generation is apart from the model that it runs: sampling, text, and when to end.
+pub(crate) struct Writer {
+    tokenizer: Tokenizer,
+    sampler: Sampler,
+    decoder: Decoder,
+    stops: Stops,
+    /// Tokens to generate still.
+    rest: usize,
+    /// Tokens that end the text.
+    eos_ids: Vec<u32>,
+    logprobs: usize,
+}
+
+impl Writer {
+    pub(crate) fn new(
+        tokenizer: &Tokenizer,
+        config: &Config,
+        options: GenerateOptions,
+    ) -> Result<Self> {
+        let GenerateOptions { sampling, max_tokens, stop, ignore_eos, logprobs, .. } = options;
+        Ok(Self {
+            tokenizer: tokenizer.clone(),
+            sampler: Sampler::new(sampling, config.vocab_size)?,
+            decoder: tokenizer.decoder(&[])?,
+            stops: Stops::new(stop)?,
+            rest: max_tokens,
+            eos_ids: if ignore_eos { Vec::new() } else { config.eos_token_ids.clone() },
+            logprobs,
+        })
+    }
+
+    /// Tells the prompt, the last `new` ids of which were not told before.
+    pub(crate) fn prompt(&mut self, ids: &[u32], new: usize) -> Result<()> {
+        self.sampler.observe_prompt(&ids[ids.len() - new..]);
+        self.decoder = self.tokenizer.decoder(ids)?;
+        Ok(())
+    }
+
+    /// Whether no token is left to generate.
+    pub(crate) fn is_done(&self) -> bool {
+        self.rest == 0
+    }
+
+    /// Chooses the next token, and says whether it is the last and why. `is_full` says that the
+    /// sequence has no room for it.
+    pub(crate) fn write(
+        &mut self,
+        logits: &[f32],
+        is_full: bool,
+    ) -> Result<(Piece, Option<FinishReason>)> {
+        let Sampled { id, logprob } = self.sampler.sample(logits)?;
+        let top = top_log_probs(logits, self.logprobs);
+        self.rest = self.rest.saturating_sub(1);
+        let eos = self.eos_ids.contains(&id);
+        let decoded = if eos { String::new() } else { self.decoder.push(id)? };
+        let (mut text, stopped) = self.stops.push(&decoded);
+        let mut reason = if stopped {
+            Some(FinishReason::Stop)
+        } else if eos {
+            Some(FinishReason::Eos)
+        } else if self.is_done() {
+            Some(FinishReason::Length)
+        } else if is_full {
+            Some(FinishReason::Context)
+        } else {
+            None
+        };
+        if reason.is_some() && !stopped {
+            let (rest, stopped) = self.flush()?;
+            text.push_str(&rest);
+            reason = if stopped { Some(FinishReason::Stop) } else { reason };
+        }
+        Ok((Piece { id: Some(id), logprob, top, text }, reason))
+    }
+
+    /// The text that is held back, of a text that ends without another token.
+    pub(crate) fn rest(&mut self) -> Result<Option<Piece>> {
+        let (text, _) = self.flush()?;
+        let piece = Piece { id: None, logprob: 0.0, top: Vec::new(), text };
+        Ok((!piece.text.is_empty()).then_some(piece))
+    }
+
+    /// The text held back, and whether a stop string ends it.
+    fn flush(&mut self) -> Result<(String, bool)> {
+        let (mut text, stopped) = self.stops.push(&self.decoder.finish()?);
+        text.push_str(&self.stops.rest());
+        Ok((text, stopped))
+    }
+}

@@ -1,0 +1,433 @@
+//! States as values: whatever is done with a session, it is that of its tokens, bit by bit.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use jamba_core::schedule::{MixerKind, Schedule};
+use jamba_core::{
+    Error, GenerateOptions, Generator, LanguageModel, Model, Rewound, Sampling, Session,
+    SessionOptions, Snapshot, StatePart, Tokenizer, generate_ids,
+};
+use jamba_cpu::{CpuBackend, ReferenceBackend};
+use proptest::prelude::*;
+use proptest::test_runner::{RngSeed, TestRunner};
+use tempfile::TempDir;
+
+const CONTEXT: usize = 48;
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../jamba-tests/golden").join(name)
+}
+
+fn cpu(name: &str) -> Box<dyn LanguageModel> {
+    Box::new(Model::load(golden(name), CpuBackend::new()).unwrap())
+}
+
+fn session(model: &dyn LanguageModel, chunk: usize) -> Session {
+    model.session(SessionOptions { context: CONTEXT, chunk, outputs: 3 }).unwrap()
+}
+
+/// Everything that a session holds: logits and states, as bits.
+fn contents(session: &Session) -> Vec<Vec<u32>> {
+    let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+    let mut all = vec![bits(session.last_logits())];
+    for (layer, kind) in Schedule::new(session.config()).iter().enumerate() {
+        let parts = match kind.mixer {
+            MixerKind::Mamba => [StatePart::Conv, StatePart::Ssm],
+            MixerKind::Attention => [StatePart::Keys, StatePart::Values],
+        };
+        all.extend(parts.map(|part| bits(&session.read_state(layer, part).unwrap())));
+    }
+    all
+}
+
+#[derive(Clone, Debug)]
+enum Act {
+    Append(Vec<u32>),
+    AppendEach(Vec<u32>),
+    Fork,
+    Swap,
+    Snapshot,
+    Restore(usize),
+    Rewind(usize),
+    Mark,
+    CheckpointEvery(usize),
+    Save,
+    Load,
+    Reset,
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    let tokens = || prop::collection::vec(3u32..90, 1..9);
+    prop_oneof![
+        6 => tokens().prop_map(Act::Append),
+        2 => tokens().prop_map(Act::AppendEach),
+        1 => Just(Act::Fork),
+        2 => Just(Act::Swap),
+        3 => Just(Act::Snapshot),
+        3 => any::<usize>().prop_map(Act::Restore),
+        5 => any::<usize>().prop_map(Act::Rewind),
+        2 => Just(Act::Mark),
+        1 => (0usize..7).prop_map(Act::CheckpointEvery),
+        1 => Just(Act::Save),
+        1 => Just(Act::Load),
+        1 => Just(Act::Reset),
+    ]
+}
+
+/// The sessions and values of one play, and what fresh sessions say.
+struct Play<'a> {
+    model: &'a dyn LanguageModel,
+    sessions: Vec<Session>,
+    snapshots: Vec<Snapshot>,
+    folder: TempDir,
+    saved: Option<Vec<u32>>,
+    fresh: HashMap<Vec<u32>, Vec<Vec<u32>>>,
+}
+
+impl Play<'_> {
+    fn act(&mut self, act: &Act) {
+        let file = self.folder.path().join("state.safetensors");
+        let room = CONTEXT - self.sessions[0].position();
+        let crowded = self.sessions.len() >= 3;
+        let s = &mut self.sessions[0];
+        match act {
+            Act::Append(ids) if ids.len() <= room => drop(s.append(ids).unwrap()),
+            Act::AppendEach(ids) if ids.len() <= room => s.append_each(ids, |_, _| ()).unwrap(),
+            Act::Append(_) | Act::AppendEach(_) => {}
+            Act::Fork if !crowded => {
+                let fork = s.fork().unwrap();
+                self.sessions.push(fork);
+            }
+            Act::Fork => {}
+            Act::Swap => self.sessions.rotate_left(1),
+            Act::Snapshot => {
+                let snapshot = s.snapshot().unwrap();
+                assert_eq!(snapshot.tokens(), s.tokens());
+                self.snapshots.push(snapshot);
+            }
+            Act::Restore(i) => {
+                if let Some(i) = i.checked_rem(self.snapshots.len()) {
+                    s.restore(&self.snapshots[i]).unwrap();
+                    assert_eq!(s.tokens(), self.snapshots[i].tokens());
+                }
+            }
+            Act::Rewind(n) => {
+                let (held, n) = (s.position(), n % (s.position() + 1));
+                let expected = s.tokens()[..held - n].to_vec();
+                let rewound = s.rewind(n).unwrap();
+                assert_eq!(s.tokens(), expected);
+                if n > 0 {
+                    let from = rewound.checkpoint.unwrap_or(0);
+                    assert_eq!(from + rewound.replayed, held - n);
+                }
+            }
+            Act::Mark => drop(s.mark().unwrap()),
+            Act::CheckpointEvery(n) => s.checkpoint_every(*n),
+            Act::Save => {
+                s.save(&file).unwrap();
+                self.saved = Some(s.tokens().to_vec());
+            }
+            Act::Load => {
+                if let Some(tokens) = &self.saved {
+                    s.load(&file).unwrap();
+                    assert_eq!(s.tokens(), tokens);
+                }
+            }
+            Act::Reset => s.reset().unwrap(),
+        }
+        self.check();
+    }
+
+    fn check(&mut self) {
+        let s = &self.sessions[0];
+        let fresh = self.fresh.entry(s.tokens().to_vec()).or_insert_with(|| {
+            let mut fresh = session(self.model, CONTEXT);
+            if s.position() > 0 {
+                fresh.append(s.tokens()).unwrap();
+            }
+            contents(&fresh)
+        });
+        assert!(contents(s) == *fresh, "{:?}", s.tokens());
+    }
+}
+
+fn any_interleaving(model: &dyn LanguageModel, cases: u32) {
+    let config = ProptestConfig {
+        cases,
+        failure_persistence: None,
+        rng_seed: RngSeed::Fixed(7),
+        ..ProptestConfig::default()
+    };
+    let strategy = (1usize..9, prop::collection::vec(act(), 1..40));
+    TestRunner::new(config)
+        .run(&strategy, |(chunk, acts)| {
+            let mut play = Play {
+                model,
+                sessions: vec![session(model, chunk)],
+                snapshots: Vec::new(),
+                folder: TempDir::new().unwrap(),
+                saved: None,
+                fresh: HashMap::new(),
+            };
+            acts.iter().for_each(|act| play.act(act));
+            Ok(())
+        })
+        .unwrap();
+}
+
+#[test]
+fn any_interleaving_equals_a_fresh_run_on_the_cpu() {
+    for name in ["paper-block", "odd-shapes", "pure-attention", "pure-mamba", "sharded-bf16"] {
+        any_interleaving(&*cpu(name), 40);
+    }
+}
+
+#[test]
+fn any_interleaving_equals_a_fresh_run_on_the_reference() {
+    let model = Model::load(golden("reasoning-dense"), ReferenceBackend).unwrap();
+    any_interleaving(&model, 12);
+}
+
+#[test]
+fn a_rewind_says_what_it_cost() {
+    let model = cpu("paper-block");
+    let mut s = session(&*model, 16);
+    let ids: Vec<u32> = (3..43).collect();
+    s.append(&ids[..20]).unwrap();
+    assert_eq!(s.rewind(3).unwrap(), Rewound { checkpoint: None, replayed: 17 });
+    assert_eq!(s.mark().unwrap(), 17);
+    s.append(&ids[17..40]).unwrap();
+    assert_eq!(s.rewind_to(20).unwrap(), Rewound { checkpoint: Some(17), replayed: 3 });
+    assert_eq!(s.rewind_to(17).unwrap(), Rewound { checkpoint: Some(17), replayed: 0 });
+    assert_eq!(s.rewind_to(10).unwrap(), Rewound { checkpoint: None, replayed: 10 });
+    assert_eq!(s.checkpoints().count(), 0);
+
+    s.checkpoint_every(8);
+    s.append(&ids[10..40]).unwrap();
+    assert_eq!(s.checkpoints().collect::<Vec<_>>(), [16, 24, 32, 40]);
+    assert_eq!(s.rewind(1).unwrap(), Rewound { checkpoint: Some(32), replayed: 7 });
+    assert!(s.unmark(32) && !s.unmark(32));
+    assert_eq!(s.rewind(0).unwrap(), Rewound { checkpoint: Some(39), replayed: 0 });
+    assert_eq!(s.rewind(6).unwrap(), Rewound { checkpoint: Some(24), replayed: 9 });
+    let message = s.rewind(34).unwrap_err().to_string();
+    assert!(message.contains("33 tokens"), "{message}");
+    assert!(matches!(s.rewind_to(34), Err(Error::Rewind { position: 34, held: 33 })));
+
+    // Only keys and values: no state to come from a checkpoint.
+    let mut s = session(&*cpu("pure-attention"), 16);
+    s.append(&ids[..20]).unwrap();
+    assert_eq!(s.rewind(5).unwrap(), Rewound { checkpoint: Some(14), replayed: 1 });
+}
+
+#[test]
+fn snapshots_of_a_lineage_share_their_positions() {
+    let model = cpu("pure-attention");
+    let mut s = session(&*model, 16);
+    s.append(&[5; 30]).unwrap();
+    let first = s.snapshot().unwrap();
+    s.append(&[6; 2]).unwrap();
+    let second = s.snapshot().unwrap();
+    let mut fork = s.fork().unwrap();
+    fork.append(&[7; 4]).unwrap();
+    let third = fork.snapshot().unwrap();
+    // 4 layers of 2 * kv_width f32, and 160 logits and the tokens and steps of each.
+    let kv = jamba_core::memory::kv_bytes_per_token(model.config(), 4);
+    let (shared, all) = (first.bytes(), second.bytes() + third.bytes());
+    assert!(first.bytes() > 30 * kv && first.bytes() < 30 * kv + 2_000, "{shared}");
+    assert!(second.bytes() - first.bytes() < 2 * kv + 100, "{all}");
+    assert!(third.bytes() - second.bytes() < 4 * kv + 100, "{all}");
+    drop((first, second));
+    assert_eq!(third.position(), 36);
+    s.restore(&third).unwrap();
+    assert_eq!(contents(&s), contents(&fork));
+}
+
+fn damaged(path: &Path, change: impl FnOnce(&mut Vec<u8>)) -> PathBuf {
+    let mut bytes = std::fs::read(path).unwrap();
+    change(&mut bytes);
+    let to = path.with_extension("damaged");
+    std::fs::write(&to, bytes).unwrap();
+    to
+}
+
+#[test]
+fn a_bad_file_changes_nothing() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("state.safetensors");
+    let model = cpu("paper-block");
+    let mut s = session(&*model, 16);
+    s.append(&[4, 5, 6, 7]).unwrap();
+    s.save(&path).unwrap();
+    s.append(&[8, 9]).unwrap();
+    let before = contents(&s);
+    let len = std::fs::metadata(&path).unwrap().len() as usize;
+    let mut refused = |path: &Path, part: &str| {
+        let message = s.load(path).unwrap_err().to_string();
+        assert!(message.contains(part), "`{part}` is not in: {message}");
+        assert!(contents(&s) == before && s.position() == 6);
+    };
+    for cut in [0, 7, 100, len / 2, len - 1] {
+        refused(&damaged(&path, |bytes| bytes.truncate(cut)), "not a usable state");
+    }
+    refused(&damaged(&path, |bytes| bytes[len / 2] ^= 1), "checksum");
+    refused(&damaged(&path, |bytes| bytes.push(0)), "not a usable state");
+    refused(&golden("paper-block").join("model.safetensors"), "its format is `pt`");
+    refused(&folder.path().join("none"), "No such file");
+
+    // Another model, by its configuration or by its weights only.
+    let mut other = session(&*cpu("pure-mamba"), 16);
+    let message = other.load(&path).unwrap_err().to_string();
+    assert!(message.contains("num_hidden_layers is 8, this model's is 4"), "{message}");
+    let copy = TempDir::new().unwrap();
+    std::fs::copy(golden("paper-block").join("config.json"), copy.path().join("config.json"))
+        .unwrap();
+    let weights = golden("paper-block").join("model.safetensors");
+    let mut bytes = std::fs::read(weights).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(copy.path().join("model.safetensors"), bytes).unwrap();
+    let other = Model::load(copy.path(), CpuBackend::new()).unwrap();
+    let message = session(&other, 16).load(&path).unwrap_err().to_string();
+    assert!(message.contains("fingerprint"), "{message}");
+
+    // One that has no room, and one on another backend, which goes on.
+    let options = SessionOptions { context: 3, chunk: 3, outputs: 1 };
+    let error = model.session(options).unwrap().load(&path).unwrap_err();
+    assert!(matches!(error, Error::Context { needed: 4, allocated: 3 }), "{error}");
+    let reference = Model::load(golden("paper-block"), ReferenceBackend).unwrap();
+    let mut s = session(&reference, 16);
+    s.load(&path).unwrap();
+    s.append(&[8]).unwrap();
+    assert_eq!(s.tokens(), [4, 5, 6, 7, 8]);
+    let left = std::fs::read_dir(folder.path()).unwrap();
+    assert!(left.into_iter().all(|e| !e.unwrap().path().to_string_lossy().ends_with(".tmp")));
+}
+
+#[test]
+fn a_failed_save_leaves_the_file_that_was_there() {
+    let folder = TempDir::new().unwrap();
+    let mut s = session(&*cpu("pure-mamba"), 16);
+    s.append(&[4, 5]).unwrap();
+    let error = s.save(folder.path().join("no/such/folder.safetensors")).unwrap_err();
+    assert!(matches!(error, Error::Io { .. }), "{error}");
+    let path = folder.path().join("state.safetensors");
+    s.save(&path).unwrap();
+    s.append(&[6]).unwrap();
+    s.save(&path).unwrap();
+    assert_eq!(Snapshot::load(&path).unwrap().tokens(), [4, 5, 6]);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn slots_are_gathered_all_at_once() {
+    let model = cpu("paper-block");
+    let limits = jamba_core::Limits { slots: 5, context: 8, tokens: 40, outputs: 5 };
+    let plans = [[1, 2, 0, 4, 3], [0, 0, 0, 0, 0], [4, 3, 2, 1, 0], [1, 0, 1, 0, 4]];
+    for sources in plans {
+        let mut runner = model.runner(limits).unwrap();
+        let mut batch = jamba_core::Batch::new();
+        for slot in 0..5u32 {
+            let ids = [10 + slot, 20, 30 + slot];
+            batch.push(slot as usize, 0, &ids, jamba_core::Outputs::Last);
+        }
+        runner.step(&batch).unwrap();
+        let read = |runner: &dyn jamba_core::Runner, slot| {
+            let ssm = runner.read_state(0, StatePart::Ssm, slot, 3).unwrap();
+            [ssm, runner.read_state(4, StatePart::Keys, slot, 3).unwrap()]
+        };
+        let before: Vec<_> = (0..5).map(|slot| read(&*runner, slot)).collect();
+        runner.gather(&sources, 3).unwrap();
+        for (slot, source) in sources.iter().enumerate() {
+            assert!(read(&*runner, slot) == before[*source], "{sources:?}: {slot}");
+        }
+        assert!(runner.gather(&[5], 3).is_err());
+        assert!(runner.copy_slot(0, 1, 9).is_err());
+    }
+}
+
+#[test]
+fn generators_go_on_from_forks_and_rewinds() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/jamba-tales-11m");
+    let model = Model::load(&folder, CpuBackend::new()).unwrap();
+    let tokenizer = Tokenizer::from_folder(&folder).unwrap();
+    let ids = tokenizer.encode("Once upon a time there was a fox").unwrap();
+    let options = |max_tokens| GenerateOptions {
+        sampling: Sampling { temperature: 1.0, seed: 5, ..Sampling::default() },
+        max_tokens,
+        ..GenerateOptions::default()
+    };
+    let resumed = |session: &mut Session| {
+        let mut generator = Generator::new(session, &tokenizer, options(9)).unwrap();
+        generator.resume().unwrap();
+        assert!(matches!(generator.resume(), Err(Error::LatePrompt)));
+        generator.map(|piece| piece.unwrap().text).collect::<String>()
+    };
+    let mut s = session(&model, 16);
+    let expected = generate_ids(&mut s, &tokenizer, &ids, options(9)).unwrap().text;
+    assert_eq!(s.position(), ids.len() + 8);
+    s.rewind(8).unwrap();
+    let mut fork = s.fork().unwrap();
+    assert_eq!(resumed(&mut fork), expected);
+    assert_eq!(resumed(&mut s), expected);
+
+    let mut empty = session(&model, 16);
+    let mut generator = Generator::new(&mut empty, &tokenizer, options(9)).unwrap();
+    assert!(matches!(generator.resume(), Err(Error::EmptyPrompt)));
+}
+
+/// Prints the times of `docs/state.md`: reading and writing states of the published models' sizes.
+#[test]
+#[ignore = "prints times, checks nothing"]
+fn what_states_cost() {
+    use jamba_core::{Backend, Config, Limits, memory};
+    use std::time::Instant;
+
+    for name in ["jamba-tales-11m", "jamba-reasoning-3b", "jamba-v0.1", "jamba-1.5-large"] {
+        let config = Config::preset(name).unwrap();
+        let limits = Limits { slots: 2, context: 4096, tokens: 1, outputs: 1 };
+        let backend = CpuBackend::new();
+        let mut state = backend.new_state(&config, &limits).unwrap();
+        let time = |f: &mut dyn FnMut()| {
+            f();
+            let start = Instant::now();
+            f();
+            start.elapsed()
+        };
+        let parts = |mamba: bool| {
+            let of = move |(layer, mixer): (usize, MixerKind)| match mixer {
+                MixerKind::Mamba if mamba => {
+                    vec![(layer, StatePart::Conv), (layer, StatePart::Ssm)]
+                }
+                MixerKind::Attention if !mamba => {
+                    vec![(layer, StatePart::Keys), (layer, StatePart::Values)]
+                }
+                _ => vec![],
+            };
+            let schedule = Schedule::new(&config);
+            schedule.iter().map(|kind| kind.mixer).enumerate().flat_map(of).collect::<Vec<_>>()
+        };
+        for (what, mamba, positions) in [("mamba", true, 0), ("4,096 positions", false, 4096)] {
+            let mut values = Vec::new();
+            let read = time(&mut || {
+                values.clear();
+                for (layer, part) in parts(mamba) {
+                    values.push(backend.read_state(&state, layer, part, 0, positions).unwrap());
+                }
+            });
+            let write = time(&mut || {
+                for ((layer, part), values) in parts(mamba).into_iter().zip(&values) {
+                    backend.write_state(&mut state, layer, part, 1, positions, values).unwrap();
+                }
+            });
+            let bytes = 4 * values.iter().map(Vec::len).sum::<usize>();
+            println!("{name}, {what}: {bytes} bytes, read {read:.1?}, write {write:.1?}");
+        }
+        let copy = time(&mut || backend.copy_slot(&config, &mut state, 0, 1, 4096).unwrap());
+        println!("{name}, slot to slot with 4,096 positions: {copy:.1?}");
+        println!(
+            "{name}: {} KV bytes a token, {} Mamba bytes",
+            memory::kv_bytes_per_token(&config, 4),
+            memory::mamba_state_bytes(&config, 4)
+        );
+    }
+}

@@ -1,0 +1,68 @@
+// y[t, i] = silu(bias[i] + sum_j w[i, j] x[t - D_CONV + 1 + j, i]), causal and depthwise, each
+// run continuing from its state, which then holds the latest D_CONV - 1 inputs.
+//
+// Layout: x (tokens, ldx) f32 of which d_inner columns are used; weight (d_inner, D_CONV),
+// oldest tap first; state (slots, d_inner, D_CONV - 1), oldest first; y (tokens, d_inner).
+// Threads: a thread per channel and segment of a run; blocks of 128 channels. The inputs before
+// a segment are read from x, those before a run from the state; only the thread of the first
+// segment of a run reads the state, and it writes the new one afterwards.
+// Constraints: 1 <= D_CONV <= SEGMENT + 1.
+
+#define PAST (D_CONV - 1)
+
+struct ConvArgs {
+    const float* x;
+    const float* weight;
+    const float* bias;  // or null
+    float* state;
+    float* y;
+    const Run* runs;
+    u32 run_count, d_inner, ldx;
+};
+
+extern "C" __global__ void __launch_bounds__(128) causal_conv1d(const ConvArgs a) {
+    const u32 i = blockIdx.y * 128 + threadIdx.x;
+    if (i >= a.d_inner) return;
+    const Run run = a.runs[run_of_segment(a.runs, a.run_count, blockIdx.x)];
+    const u32 first = (blockIdx.x - run.segment) * SEGMENT;
+    if (first >= run.len) return;
+    const u32 last = min(first + SEGMENT, run.len);
+    const float* x = a.x + (u64)run.start * a.ldx + i;
+    float* y = a.y + (u64)run.start * a.d_inner + i;
+    float* state = a.state + ((u64)run.slot * a.d_inner + i) * PAST;
+
+    float w[D_CONV];
+#pragma unroll
+    for (int j = 0; j < D_CONV; ++j) w[j] = a.weight[(u64)i * D_CONV + j];
+    const float bias = a.bias ? a.bias[i] : 0.0f;
+
+    // The D_CONV latest inputs, oldest first.
+    float window[D_CONV];
+#pragma unroll
+    for (int j = 0; j < PAST; ++j) {
+        window[j + 1] = first == 0 ? state[j] : x[(u64)(first - PAST + j) * a.ldx];
+    }
+    for (u32 t = first; t < last; t += 4) {
+        float in[4];
+#pragma unroll
+        for (u32 k = 0; k < 4; ++k) in[k] = t + k < last ? x[(u64)(t + k) * a.ldx] : 0.0f;
+#pragma unroll
+        for (u32 k = 0; k < 4; ++k) {
+            if (t + k < last) {
+#pragma unroll
+                for (int j = 0; j < PAST; ++j) window[j] = window[j + 1];
+                window[PAST] = in[k];
+                float sum = bias;
+#pragma unroll
+                for (int j = 0; j < D_CONV; ++j) sum += w[j] * window[j];
+                y[(u64)(t + k) * a.d_inner] = silu(sum);
+            }
+        }
+    }
+    if (first != 0) return;
+    // With one segment the window ends with the run; a longer run has its end in x.
+#pragma unroll
+    for (int j = 0; j < PAST; ++j) {
+        state[j] = run.len <= SEGMENT ? window[j + 1] : x[(u64)(run.len - PAST + j) * a.ldx];
+    }
+}

@@ -1,0 +1,103 @@
+// y_i = x_i / sqrt(mean_j(x_j^2) + eps) w_i, per row; statistics in f32.
+//
+// rms_norm       y = norm(x)
+// add_rms_norm   x += r; y = norm(x)
+// rms_norm_cols  `n` columns from `first` on, in place
+// dt_b_c_norm    the same of three adjacent groups of columns, each with its own weight
+//
+// Layout: x, r, y (rows, cols) f32; weights f32 vectors.
+// Threads: the first two a block per row; the others a warp per row (and group), so that the
+// fused one adds in the order of the other.
+
+struct NormArgs {
+    float* x;
+    const float* r;
+    const float* weight;
+    float* y;
+    u32 cols;
+    float eps;
+};
+
+__device__ __forceinline__ float block_sum(float v) {
+    __shared__ float sums[32];
+    v = warp_sum(v);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = v;
+    __syncthreads();
+    float sum = threadIdx.x % 32 < blockDim.x / 32 ? sums[threadIdx.x % 32] : 0.0f;
+    return warp_sum(sum);
+}
+
+template <bool ADD>
+__device__ __forceinline__ void norm_row(const NormArgs& a) {
+    const u64 at = (u64)blockIdx.x * a.cols;
+    float* x = a.x + at;
+    const float* r = ADD ? a.r + at : nullptr;
+    float* y = a.y + at;
+    float square = 0.0f;
+    if (a.cols % 4 == 0) {
+        for (u32 c = threadIdx.x * 4; c < a.cols; c += blockDim.x * 4) {
+            float4 v = *(float4*)(x + c);
+            if (ADD) {
+                const float4 w = *(const float4*)(r + c);
+                v.x += w.x, v.y += w.y, v.z += w.z, v.w += w.w;
+                *(float4*)(x + c) = v;
+            }
+            square += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+        }
+        const float scale = rsqrtf(block_sum(square) / a.cols + a.eps);
+        for (u32 c = threadIdx.x * 4; c < a.cols; c += blockDim.x * 4) {
+            const float4 v = *(float4*)(x + c), w = *(const float4*)(a.weight + c);
+            *(float4*)(y + c) = make_float4(v.x * scale * w.x, v.y * scale * w.y,
+                                            v.z * scale * w.z, v.w * scale * w.w);
+        }
+    } else {
+        for (u32 c = threadIdx.x; c < a.cols; c += blockDim.x) {
+            float v = x[c];
+            if (ADD) x[c] = v += r[c];
+            square += v * v;
+        }
+        const float scale = rsqrtf(block_sum(square) / a.cols + a.eps);
+        for (u32 c = threadIdx.x; c < a.cols; c += blockDim.x) y[c] = x[c] * scale * a.weight[c];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256) rms_norm(const NormArgs a) {
+    norm_row<false>(a);
+}
+extern "C" __global__ void __launch_bounds__(256) add_rms_norm(const NormArgs a) {
+    norm_row<true>(a);
+}
+
+struct NormColsArgs {
+    float* x;
+    const float* weight[3];
+    u32 rows, cols, first;
+    u32 n[3];
+    float eps;
+};
+
+__device__ __forceinline__ void norm_in_warp(float* x, const float* weight, u32 n, float eps) {
+    const u32 lane = threadIdx.x % 32;
+    float square = 0.0f;
+    for (u32 i = lane; i < n; i += 32) square += x[i] * x[i];
+    const float scale = rsqrtf(warp_sum(square) / n + eps);
+    for (u32 i = lane; i < n; i += 32) x[i] = x[i] * scale * weight[i];
+}
+
+extern "C" __global__ void __launch_bounds__(128) rms_norm_cols(const NormColsArgs a) {
+    const u64 row = (u64)blockIdx.x * 4 + threadIdx.x / 32;
+    if (row >= a.rows) return;
+    norm_in_warp(a.x + row * a.cols + a.first, a.weight[0], a.n[0], a.eps);
+}
+
+extern "C" __global__ void __launch_bounds__(384) dt_b_c_norm(const NormColsArgs a) {
+    const u32 warp = threadIdx.x / 32;
+    const u64 row = (u64)blockIdx.x * 4 + warp / 3;
+    if (row >= a.rows) return;
+    float* x = a.x + row * a.cols + a.first;
+    switch (warp % 3) {
+        case 0: return norm_in_warp(x, a.weight[0], a.n[0], a.eps);
+        case 1: return norm_in_warp(x + a.n[0], a.weight[1], a.n[1], a.eps);
+        case 2: return norm_in_warp(x + a.n[0] + a.n[1], a.weight[2], a.n[2], a.eps);
+    }
+}

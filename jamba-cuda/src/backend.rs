@@ -1,0 +1,451 @@
+//! [`CudaBackend`]: the operators on one card.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use jamba_core::backend::{Backend, CausalConv1d, Cols, Limits, Scratch, SelectiveScan, StatePart};
+use jamba_core::schedule::Schedule;
+use jamba_core::shape::{self, Shaped};
+use jamba_core::weights::{Mamba, Mlp, Moe};
+use jamba_core::{Batch, Config, Param, Result};
+
+use crate::blocks;
+use crate::cache::Cache;
+use crate::device::Device;
+use crate::error::Error;
+use crate::kernels::Loader;
+use crate::libraries;
+use crate::ops::argmax::Argmax;
+use crate::ops::attention::Attention;
+use crate::ops::conv1d::Conv1d;
+use crate::ops::elementwise::Elementwise;
+use crate::ops::embed::Embed;
+use crate::ops::linear::Linear;
+use crate::ops::moe::Experts;
+use crate::ops::norm::Norm;
+use crate::ops::rows::Rows;
+use crate::ops::scan::{self, Scan};
+use crate::ops::workspace::Workspaces;
+use crate::options::{CudaOptions, Precision};
+use crate::plan::{self, Plan};
+use crate::state::{Kernels, State};
+use crate::tensor::{Tensor, View};
+use crate::weight::Weight;
+
+/// One NVIDIA card, everything on one stream of it. Operators return as soon as their kernels are
+/// on the stream; reading waits for them.
+///
+/// Tensors, weights and states belong to the backend that made them.
+pub struct CudaBackend {
+    pub(crate) device: Arc<Device>,
+    pub(crate) norm: Norm,
+    pub(crate) linear: Linear,
+    pub(crate) elementwise: Elementwise,
+    pub(crate) loader: Loader,
+    embed: Embed,
+    experts: Experts,
+    rows: Rows,
+    argmax: Argmax,
+    /// Kernels for sizes met so far, `[d_conv, d_state, head_dim]`, 0 where there is no such layer.
+    sized: Mutex<Vec<([usize; 3], Kernels)>>,
+    workspaces: Mutex<Workspaces>,
+}
+
+impl CudaBackend {
+    /// The card of this number, in bf16, with the kernel cache in its default place.
+    ///
+    /// # Errors
+    /// As [`with_options`](Self::with_options).
+    pub fn new(ordinal: usize) -> Result<Self, Error> {
+        Self::with_options(CudaOptions { ordinal, ..CudaOptions::default() })
+    }
+
+    /// Opens a card and makes the kernels ready that do not depend on a model's sizes.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] without driver, NVRTC or cuBLASLt; [`Error::NoDevice`];
+    /// [`Error::Architecture`] for a card before sm_80; [`Error::Compile`]; [`Error::Driver`].
+    pub fn with_options(options: CudaOptions) -> Result<Self, Error> {
+        libraries::driver()?;
+        libraries::nvrtc()?;
+        libraries::cublaslt()?;
+        let device = Arc::new(Device::open(options.ordinal)?);
+        let cache = Cache::new(options.cache.folder());
+        let loader = Loader::new(device.clone(), options.precision, cache)?;
+        Ok(Self {
+            norm: Norm::load(&loader)?,
+            embed: Embed::load(&loader)?,
+            linear: Linear::load(&loader)?,
+            elementwise: Elementwise::load(&loader)?,
+            experts: Experts::load(&loader)?,
+            rows: Rows::load(&loader)?,
+            argmax: Argmax::load(&loader)?,
+            sized: Mutex::default(),
+            workspaces: Mutex::default(),
+            device,
+            loader,
+        })
+    }
+
+    /// Name of the card, as its driver tells it.
+    pub fn device_name(&self) -> &str {
+        self.device.name()
+    }
+
+    /// Architecture that kernels are compiled for, `sm_90a` for example.
+    pub fn arch(&self) -> &str {
+        self.loader.arch()
+    }
+
+    /// Precision of weights and matrix products.
+    pub fn precision(&self) -> Precision {
+        self.loader.precision
+    }
+
+    /// What a model and one runner of it would take, and what is free now.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn plan(&self, config: &Config, limits: &Limits) -> Result<Plan, Error> {
+        let (free, _) = self.device.memory()?;
+        Ok(Plan { free: Some(free as u64), ..Plan::new(config, limits, self.precision()) })
+    }
+
+    /// Per row the column of the largest value, of equal ones the lowest: greedy sampling on the
+    /// device, 4 bytes a row instead of a row of logits.
+    ///
+    /// # Errors
+    /// [`Error::Driver`], [`Error::OutOfMemory`].
+    pub fn argmax(&self, x: &Tensor) -> Result<Vec<u32>, Error> {
+        self.argmax.run(&self.device, x)
+    }
+
+    /// Waits for everything on the stream.
+    ///
+    /// # Errors
+    /// [`Error::Driver`], also for a kernel that failed since the last wait.
+    pub fn synchronize(&self) -> Result<(), Error> {
+        self.device.synchronize()
+    }
+
+    /// All rows that a tensor is allocated for, those in use first: for tests that nothing else
+    /// was written.
+    #[doc(hidden)]
+    pub fn read_allocated(&self, x: &Tensor) -> Result<Vec<f32>, Error> {
+        let mut values = vec![0f32; x.capacity() * x.cols()];
+        self.device.download(x.buffer(), 0, bytemuck::cast_slice_mut(&mut values))?;
+        Ok(values)
+    }
+
+    /// The kernels that are specialised to the sizes of a model.
+    fn kernels(&self, config: &Config) -> Result<Kernels, Error> {
+        let schedule = Schedule::new(config);
+        let (mamba, attention) = (schedule.mamba_layers() > 0, schedule.attention_layers() > 0);
+        let sizes = [
+            if mamba { config.mamba_d_conv } else { 0 },
+            if mamba { config.mamba_d_state } else { 0 },
+            if attention { config.head_dim } else { 0 },
+        ];
+        let mut sized = self.sized.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, kernels)) = sized.iter().find(|(s, _)| *s == sizes) {
+            return Ok(kernels.clone());
+        }
+        let [d_conv, d_state, head_dim] = sizes;
+        let kernels = Kernels {
+            conv1d: mamba.then(|| Conv1d::load(&self.loader, d_conv)).transpose()?,
+            scan: mamba.then(|| Scan::load(&self.loader, d_state)).transpose()?,
+            attention: attention.then(|| Attention::load(&self.loader, head_dim)).transpose()?,
+        };
+        sized.push((sizes, kernels.clone()));
+        Ok(kernels)
+    }
+
+    pub(crate) fn workspaces(&self) -> MutexGuard<'_, Workspaces> {
+        self.workspaces.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Allocates the workspaces for steps of so many tokens, so that no step has to.
+    fn reserve(&self, config: &Config, tokens: usize) -> Result<(), Error> {
+        let [cast, parts, routes, act, expert_out, _] =
+            plan::workspaces(config, tokens, self.precision());
+        let w = &mut *self.workspaces();
+        let all = [
+            (&mut w.cast, cast),
+            (&mut w.parts, parts),
+            (&mut w.routes, routes),
+            (&mut w.act, act),
+            (&mut w.expert_out, expert_out),
+        ];
+        all.into_iter().try_for_each(|(w, bytes)| w.reserve(&self.device, bytes).map(drop))
+    }
+}
+
+impl std::fmt::Debug for CudaBackend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "CudaBackend({}, {}, {:?})", self.device_name(), self.arch(), self.precision())
+    }
+}
+
+impl Backend for CudaBackend {
+    type Tensor = Tensor;
+    type Weight = Weight;
+    type State = State;
+
+    fn name(&self) -> &'static str {
+        "cuda"
+    }
+
+    fn upload(&self, param: Param) -> Result<Weight> {
+        Weight::new(&self.device, &param, self.precision())
+    }
+
+    fn alloc(&self, rows: usize, cols: usize) -> Result<Tensor> {
+        Ok(Tensor::new(&self.device, rows, cols)?)
+    }
+
+    fn write(&self, dst: &mut Tensor, src: &[f32]) -> Result<()> {
+        let rows = shape::write(src.len(), dst.cols(), dst.capacity())?;
+        dst.resize("write", rows)?;
+        Ok(self.device.upload(dst.buffer_mut(), 0, bytemuck::cast_slice(src))?)
+    }
+
+    fn read(&self, src: Cols<'_, Tensor>) -> Result<Vec<f32>> {
+        let [rows, cols] = src.tensor.shape();
+        let mut values = vec![0f32; rows * cols];
+        self.device.download(src.tensor.buffer(), 0, bytemuck::cast_slice_mut(&mut values))?;
+        if src.cols == (0..cols) {
+            return Ok(values);
+        }
+        let rows = values.chunks_exact(cols.max(1));
+        Ok(rows.flat_map(|row| row.get(src.cols.clone()).unwrap_or(&[])).copied().collect())
+    }
+
+    fn shape(&self, tensor: &Tensor) -> [usize; 2] {
+        tensor.shape()
+    }
+
+    fn new_state(&self, config: &Config, limits: &Limits) -> Result<State> {
+        let kernels = self.kernels(config)?;
+        // Weights and scratch are there already; of the workspaces perhaps a part.
+        let plan = self.plan(config, limits)?;
+        let reserved = self.workspaces().bytes() as u64;
+        plan.check_part(plan.state.saturating_add(plan.workspaces.saturating_sub(reserved)))?;
+        self.reserve(config, limits.tokens)?;
+        Ok(State::new(&self.device, kernels, config, limits, self.precision())?)
+    }
+
+    fn reset_slot(&self, state: &mut State, slot: usize) -> Result<()> {
+        state.reset(&self.device, slot)
+    }
+
+    fn read_state(
+        &self,
+        state: &State,
+        layer: usize,
+        part: StatePart,
+        slot: usize,
+        positions: usize,
+    ) -> Result<Vec<f32>> {
+        state.read(&self.device, layer, part, slot, 0..positions)
+    }
+
+    fn write_state(
+        &self,
+        state: &mut State,
+        layer: usize,
+        part: StatePart,
+        slot: usize,
+        positions: usize,
+        values: &[f32],
+    ) -> Result<()> {
+        state.write(&self.device, layer, part, slot, 0..positions, values)
+    }
+
+    fn read_positions(
+        &self,
+        _: &Config,
+        state: &State,
+        layer: usize,
+        part: StatePart,
+        slot: usize,
+        positions: Range<usize>,
+    ) -> Result<Vec<f32>> {
+        state.read(&self.device, layer, part, slot, positions)
+    }
+
+    fn write_positions(
+        &self,
+        _: &Config,
+        state: &mut State,
+        layer: usize,
+        part: StatePart,
+        slot: usize,
+        positions: Range<usize>,
+        values: &[f32],
+    ) -> Result<()> {
+        state.write(&self.device, layer, part, slot, positions, values)
+    }
+
+    fn copy_slot(
+        &self,
+        _: &Config,
+        state: &mut State,
+        from: usize,
+        to: usize,
+        positions: usize,
+    ) -> Result<()> {
+        state.copy_slot(&self.device, from, to, positions)
+    }
+
+    fn sequence_bytes(&self, config: &Config, positions: usize) -> u64 {
+        plan::sequence_bytes(config, positions, self.precision())
+    }
+
+    fn stage(&self, state: &mut State, batch: &Batch) -> Result<()> {
+        state.batch.stage(&self.device, batch)
+    }
+
+    fn embed(&self, table: &Weight, state: &State, out: &mut Tensor) -> Result<()> {
+        shape::embed(table, out)?;
+        out.resize("embed", state.batch.tokens)?;
+        self.embed.run(&self.device, table, &state.batch, out)
+    }
+
+    fn linear(
+        &self,
+        x: Cols<'_, Tensor>,
+        weight: &Weight,
+        bias: Option<&Weight>,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        shape::linear(&x, weight, bias, out)?;
+        out.resize("linear", x.tensor.rows())?;
+        let cast = &mut self.workspaces().cast;
+        self.linear.run(&self.device, View::from(&x), weight, bias, cast, out)
+    }
+
+    fn rms_norm(&self, x: &Tensor, weight: &Weight, eps: f32, out: &mut Tensor) -> Result<()> {
+        shape::rms_norm(x, weight, out)?;
+        out.resize("rms_norm", x.rows())?;
+        self.norm.rms_norm(&self.device, x, weight, eps, out)
+    }
+
+    fn rms_norm_cols(
+        &self,
+        x: &mut Tensor,
+        cols: Range<usize>,
+        weight: &Weight,
+        eps: f32,
+    ) -> Result<()> {
+        shape::rms_norm_cols(x, &cols, weight)?;
+        self.norm.rms_norm_cols(&self.device, x, cols, weight, eps)
+    }
+
+    fn add_assign(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {
+        shape::add_assign(x, y)?;
+        self.elementwise.add_assign(&self.device, x, y)
+    }
+
+    fn silu_mul(&self, gate_up: &Tensor, out: &mut Tensor) -> Result<()> {
+        shape::silu_mul(gate_up, out)?;
+        out.resize("silu_mul", gate_up.rows())?;
+        self.elementwise.silu_mul(&self.device, gate_up, out)
+    }
+
+    fn causal_conv1d(
+        &self,
+        args: CausalConv1d<'_, Tensor, Weight>,
+        layer: usize,
+        state: &mut State,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let (batch, conv) = (&state.batch, state.conv(layer)?);
+        let taps = [conv.channels, conv.per_channel + 1];
+        shape::causal_conv1d(&args, batch.tokens, taps, out)?;
+        out.resize("causal_conv1d", batch.tokens)?;
+        let Some(kernels) = &state.kernels.conv1d else { return Ok(()) };
+        let parameters = (args.weight, args.bias);
+        kernels.run(&self.device, View::from(&args.x), parameters, batch, conv, out)
+    }
+
+    fn selective_scan(
+        &self,
+        args: SelectiveScan<'_, Tensor, Weight>,
+        layer: usize,
+        state: &mut State,
+        y: &mut Tensor,
+    ) -> Result<()> {
+        let (batch, ssm) = (&state.batch, state.ssm(layer)?);
+        shape::selective_scan(&args, batch.tokens, [ssm.channels, ssm.per_channel], y)?;
+        y.resize("selective_scan", batch.tokens)?;
+        let Some(kernels) = &state.kernels.scan else { return Ok(()) };
+        let operands = scan::Operands {
+            x: View::from(&args.x),
+            dt: View::from(&args.dt),
+            a: args.a,
+            b: View::from(&args.b),
+            c: View::from(&args.c),
+            d: args.d,
+            z: View::from(&args.z),
+            dt_bias: args.dt_bias,
+        };
+        kernels.run(&self.device, &operands, batch, ssm, y)
+    }
+
+    fn attention(
+        &self,
+        qkv: &Tensor,
+        layer: usize,
+        state: &mut State,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let (batch, cache) = (&state.batch, state.cache(layer)?);
+        let [heads, kv_heads, head_dim] = cache.heads;
+        shape::attention(qkv, batch.tokens, heads * head_dim, kv_heads * head_dim, out)?;
+        out.resize("attention", batch.tokens)?;
+        let Some(kernels) = &state.kernels.attention else { return Ok(()) };
+        let parts = &mut self.workspaces().parts;
+        kernels.run(&self.device, qkv, batch, cache, parts, out)
+    }
+
+    fn moe_experts(
+        &self,
+        x: &Tensor,
+        router_logits: &Tensor,
+        weights: &Moe<Weight>,
+        top_k: usize,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let inter = shape::moe_experts(x, router_logits, weights, top_k, out)?;
+        out.resize("moe_experts", x.rows())?;
+        let view = View::from(&Cols { tensor: x, cols: 0..x.cols() });
+        let shared = (&self.linear, &mut *self.workspaces());
+        let operands = (view, router_logits);
+        self.experts.run(&self.device, operands, weights, (top_k, inter), shared, out)
+    }
+
+    fn output_rows(&self, x: &Tensor, state: &State, out: &mut Tensor) -> Result<()> {
+        shape::output_rows(x, state.batch.tokens, out)?;
+        out.resize("output_rows", state.batch.outputs)?;
+        self.rows.run(&self.device, x, &state.batch, out)
+    }
+
+    fn mamba_mixer(
+        &self,
+        config: &Config,
+        weights: &Mamba<Weight>,
+        layer: usize,
+        scratch: &mut Scratch<Tensor>,
+        state: &mut State,
+    ) -> Result<()> {
+        blocks::mamba_mixer(self, config, weights, layer, scratch, state)
+    }
+
+    fn mlp(&self, weights: &Mlp<Weight>, scratch: &mut Scratch<Tensor>) -> Result<()> {
+        blocks::mlp(self, weights, scratch)
+    }
+
+    fn add_rms_norm(&self, weight: &Weight, eps: f32, scratch: &mut Scratch<Tensor>) -> Result<()> {
+        blocks::add_rms_norm(self, weight, eps, scratch)
+    }
+}

@@ -1,0 +1,356 @@
+//! One card: its context, its one stream, memory on it, and launches.
+#![allow(unsafe_code, reason = "calls into the CUDA driver")]
+
+use std::ffi::c_void;
+use std::ops::Range;
+use std::sync::Arc;
+
+use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute, CUresult};
+use cudarc::driver::{
+    CudaContext, CudaEvent, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr,
+    DriverError, PinnedHostSlice, result,
+};
+use cudarc::nvrtc::Ptx;
+
+use crate::error::{Error, Result};
+use crate::libraries;
+
+/// One card and the one stream on which everything of a backend happens, in order.
+pub(crate) struct Device {
+    ctx: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    name: String,
+    capability: (i32, i32),
+    multiprocessors: usize,
+    shared_limit: usize,
+}
+
+/// A [`DriverError`] while doing something.
+pub(crate) fn driver_error(what: &'static str) -> impl Fn(DriverError) -> Error {
+    move |e| {
+        let text = |s: Result<&std::ffi::CStr, DriverError>| {
+            s.map_or("unknown".into(), |s| s.to_string_lossy().into_owned())
+        };
+        let (name, text) = (text(e.error_name()), text(e.error_string()));
+        Error::Driver { what, code: e.0 as u32, name, text }
+    }
+}
+
+impl Device {
+    /// Opens the card of this number.
+    pub(crate) fn open(ordinal: usize) -> Result<Self> {
+        libraries::driver()?;
+        let count = match CudaContext::device_count() {
+            Err(DriverError(CUresult::CUDA_ERROR_NO_DEVICE)) => 0,
+            other => other.map_err(driver_error("cuInit"))?.max(0) as usize,
+        };
+        if ordinal >= count {
+            return Err(Error::NoDevice { ordinal, count });
+        }
+        let ctx = CudaContext::new(ordinal).map_err(driver_error("opening the device"))?;
+        // SAFETY: nothing is allocated yet, and all work of this context goes to one stream.
+        unsafe { ctx.disable_event_tracking() };
+        let stream = ctx.new_stream().map_err(driver_error("making a stream"))?;
+        let name = ctx.name().map_err(driver_error("cuDeviceGetName"))?;
+        let attribute = |a| ctx.attribute(a).map_err(driver_error("cuDeviceGetAttribute"));
+        let sms = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let shared =
+            attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        let capability = ctx.compute_capability().map_err(driver_error("compute capability"))?;
+        let (multiprocessors, shared_limit) = (sms.max(1) as usize, shared.max(0) as usize);
+        Ok(Self { ctx, stream, name, capability, multiprocessors, shared_limit })
+    }
+
+    /// Name of the card.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Compute capability, (major, minor).
+    pub(crate) fn capability(&self) -> (i32, i32) {
+        self.capability
+    }
+
+    /// Streaming multiprocessors.
+    pub(crate) fn multiprocessors(&self) -> usize {
+        self.multiprocessors
+    }
+
+    /// The stream, for calls of cuBLASLt.
+    pub(crate) fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// Makes the context current on this thread.
+    pub(crate) fn bind(&self) -> Result<()> {
+        self.ctx.bind_to_thread().map_err(driver_error("cuCtxSetCurrent"))
+    }
+
+    /// Bytes free and in all.
+    pub(crate) fn memory(&self) -> Result<(usize, usize)> {
+        self.ctx.mem_get_info().map_err(driver_error("cuMemGetInfo"))
+    }
+
+    /// Waits for all work given so far.
+    pub(crate) fn synchronize(&self) -> Result<()> {
+        self.stream.synchronize().map_err(driver_error("waiting for the device"))
+    }
+
+    /// An event after the work given so far, with its time.
+    pub(crate) fn event(&self) -> Result<CudaEvent> {
+        let timed = cudarc::driver::sys::CUevent_flags::CU_EVENT_DEFAULT;
+        self.stream.record_event(Some(timed)).map_err(driver_error("recording an event"))
+    }
+
+    /// Memory of zeros.
+    pub(crate) fn alloc(&self, bytes: usize) -> Result<Buffer> {
+        // An allocation of nothing is an error to the driver.
+        let len = bytes.max(16);
+        // SAFETY: every byte is written by the memset below, before anything can read it.
+        let slice = unsafe { self.stream.alloc::<u8>(len) };
+        let slice = slice.map_err(|e| match (e.0, self.memory()) {
+            (CUresult::CUDA_ERROR_OUT_OF_MEMORY, Ok((free, total))) => {
+                Error::OutOfMemory { bytes, free, total }
+            }
+            _ => driver_error("allocating memory")(e),
+        })?;
+        let ptr = slice.device_ptr(&self.stream).0;
+        let mut buffer = Buffer { slice, ptr, bytes };
+        self.zero(&mut buffer, 0..len)?;
+        Ok(buffer)
+    }
+
+    /// Fills a range of bytes with zeros.
+    pub(crate) fn zero(&self, buffer: &mut Buffer, range: Range<usize>) -> Result<()> {
+        let beyond = buffer.beyond(&range);
+        let Some(mut view) = buffer.slice.try_slice_mut(range) else { return Err(beyond) };
+        if view.is_empty() {
+            return Ok(());
+        }
+        self.stream.memset_zeros(&mut view).map_err(driver_error("filling memory"))
+    }
+
+    /// Copies to the device. The source may change as soon as this returns.
+    pub(crate) fn upload(&self, dst: &mut Buffer, offset: usize, src: &[u8]) -> Result<()> {
+        let range = offset..offset.saturating_add(src.len());
+        let beyond = dst.beyond(&range);
+        let Some(mut view) = dst.slice.try_slice_mut(range) else { return Err(beyond) };
+        if src.is_empty() {
+            return Ok(());
+        }
+        self.stream.memcpy_htod(src, &mut view).map_err(driver_error("copying to the device"))
+    }
+
+    /// Copies from the device, after all work given so far.
+    pub(crate) fn download(&self, src: &Buffer, offset: usize, dst: &mut [u8]) -> Result<()> {
+        let range = offset..offset.saturating_add(dst.len());
+        let beyond = src.beyond(&range);
+        let Some(view) = src.slice.try_slice(range) else { return Err(beyond) };
+        if !dst.is_empty() {
+            let copied = self.stream.memcpy_dtoh(&view, dst);
+            copied.map_err(driver_error("copying from the device"))?;
+        }
+        self.synchronize()
+    }
+
+    /// Copies from the start of one buffer to that of another.
+    pub(crate) fn copy(&self, src: &Buffer, dst: &mut Buffer, bytes: usize) -> Result<()> {
+        let beyond = src.beyond(&(0..bytes));
+        let (Some(src), Some(mut dst)) =
+            (src.slice.try_slice(..bytes), dst.slice.try_slice_mut(..bytes))
+        else {
+            return Err(beyond);
+        };
+        self.stream.memcpy_dtod(&src, &mut dst).map_err(driver_error("copying on the device"))
+    }
+
+    /// Copies `bytes` within a buffer, from one offset to another; the two must not overlap.
+    pub(crate) fn copy_within(
+        &self,
+        buffer: &mut Buffer,
+        from: usize,
+        to: usize,
+        bytes: usize,
+    ) -> Result<()> {
+        for start in [from, to] {
+            let range = start..start.saturating_add(bytes);
+            if range.end > buffer.bytes {
+                return Err(buffer.beyond(&range));
+            }
+        }
+        if bytes == 0 || from == to {
+            return Ok(());
+        }
+        self.bind()?;
+        let (from, to) = (buffer.ptr + from as u64, buffer.ptr + to as u64);
+        // SAFETY: both ranges lie within the buffer, as checked above.
+        let copied = unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) };
+        copied.map_err(driver_error("copying on the device"))
+    }
+
+    /// Loads the machine code of a module.
+    pub(crate) fn load(&self, cubin: Vec<u8>) -> Result<Arc<CudaModule>> {
+        self.ctx.load_module(Ptx::from_binary(cubin)).map_err(driver_error("loading a module"))
+    }
+
+    /// Launches a kernel whose one parameter is a struct with the layout of `A`.
+    ///
+    /// # Safety
+    /// `A` must have the layout of the kernel's parameter, and what the kernel reads and writes
+    /// through its pointers with this grid must be memory of this device, long enough.
+    pub(crate) unsafe fn launch<A: Copy>(
+        &self,
+        kernel: &Kernel,
+        grid: &Grid,
+        args: &A,
+    ) -> Result<()> {
+        if grid.blocks.contains(&0) {
+            return Ok(());
+        }
+        self.bind()?;
+        let mut params = [std::ptr::from_ref(args).cast_mut().cast::<c_void>()];
+        let [x, y, z] = grid.blocks;
+        // SAFETY: the function and the stream are alive; the parameter is as the caller says, and
+        // is copied by the driver before this returns.
+        let launched = unsafe {
+            result::launch_kernel(
+                kernel.function.cu_function(),
+                (x, y, z),
+                (grid.threads, 1, 1),
+                grid.shared,
+                self.stream.cu_stream(),
+                &mut params,
+            )
+        };
+        launched.map_err(driver_error(kernel.name))
+    }
+}
+
+/// Memory on the device, freed in stream order when dropped.
+pub(crate) struct Buffer {
+    slice: CudaSlice<u8>,
+    ptr: u64,
+    bytes: usize,
+}
+
+impl Buffer {
+    /// Its address on the device.
+    pub(crate) fn ptr(&self) -> u64 {
+        self.ptr
+    }
+
+    fn beyond(&self, range: &Range<usize>) -> Error {
+        Error::Range { range: range.clone(), allocated: self.bytes }
+    }
+
+    /// Its size as asked for.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+/// Page-locked host memory of 32-bit words that is copied to the device again and again.
+pub(crate) struct Staging {
+    words: PinnedHostSlice<u32>,
+    /// After the latest copy.
+    copied: CudaEvent,
+}
+
+impl Staging {
+    pub(crate) fn new(device: &Device, words: usize) -> Result<Self> {
+        // SAFETY: u32 has no invalid values, and only what was written is ever copied.
+        let words = unsafe { device.ctx.alloc_pinned::<u32>(words.max(1)) };
+        let words = words.map_err(driver_error("allocating page-locked memory"))?;
+        Ok(Self { words, copied: device.event()? })
+    }
+
+    /// Fills the first `len` words and copies them to the start of `dst`.
+    pub(crate) fn upload(
+        &mut self,
+        device: &Device,
+        dst: &mut Buffer,
+        len: usize,
+        fill: impl FnOnce(&mut [u32]),
+    ) -> Result<()> {
+        self.copied.synchronize().map_err(driver_error("waiting for a copy"))?;
+        let words = self.words.as_mut_slice().map_err(driver_error("waiting for a copy"))?;
+        if len > words.len() || 4 * len > dst.bytes {
+            return Err(dst.beyond(&(0..4 * len)));
+        }
+        let words = &mut words[..len];
+        fill(words);
+        if len == 0 {
+            return Ok(());
+        }
+        device.bind()?;
+        // SAFETY: both sides have `len` words; the host side is neither written nor freed before
+        // the event recorded next.
+        let copied =
+            unsafe { result::memcpy_htod_async(dst.ptr, words, device.stream.cu_stream()) };
+        copied.map_err(driver_error("copying to the device"))?;
+        self.copied.record(&device.stream).map_err(driver_error("recording an event"))
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        // A device that fails copies no more either.
+        let _ = self.copied.synchronize();
+    }
+}
+
+/// A function of a loaded module.
+#[derive(Clone)]
+pub(crate) struct Kernel {
+    function: CudaFunction,
+    name: &'static str,
+}
+
+impl Kernel {
+    /// The function of this name, which uses up to `shared` bytes of dynamic shared memory.
+    pub(crate) fn new(
+        device: &Device,
+        module: &Arc<CudaModule>,
+        name: &'static str,
+        shared: usize,
+    ) -> Result<Self> {
+        if shared > device.shared_limit {
+            let allowed = "the card has less shared memory per block";
+            return Err(Error::Size { op: name, what: "shared memory", got: shared, allowed });
+        }
+        device.bind()?;
+        let function = module.load_function(name).map_err(driver_error(name))?;
+        if shared > 48 << 10 {
+            let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function.set_attribute(attribute, shared as i32).map_err(driver_error(name))?;
+        }
+        Ok(Self { function, name })
+    }
+}
+
+/// Blocks, threads of each, and bytes of dynamic shared memory.
+pub(crate) struct Grid {
+    blocks: [u32; 3],
+    threads: u32,
+    shared: u32,
+}
+
+impl Grid {
+    /// Checks the limits of CUDA.
+    pub(crate) fn new(
+        op: &'static str,
+        blocks: [usize; 3],
+        threads: usize,
+        shared: usize,
+    ) -> Result<Self> {
+        let limits = [i32::MAX as usize, u16::MAX as usize, u16::MAX as usize];
+        for (got, limit) in blocks.into_iter().zip(limits) {
+            if got > limit {
+                let allowed = "CUDA allows 2^31 - 1 along x, 65535 along y and z";
+                return Err(Error::Size { op, what: "grid", got, allowed });
+            }
+        }
+        let blocks = blocks.map(|n| n as u32);
+        Ok(Self { blocks, threads: threads as u32, shared: shared as u32 })
+    }
+}

@@ -1,0 +1,63 @@
+//! Launches `kernels/embed.cu`.
+#![allow(unsafe_code, reason = "launches kernels")]
+
+use jamba_core::Result;
+use jamba_core::shape::Shaped;
+
+use crate::device::{Device, Grid, Kernel};
+use crate::kernels::{Loader, Unit};
+use crate::state::Staged;
+use crate::tensor::Tensor;
+use crate::weight::Weight;
+
+pub(super) fn unit() -> Unit {
+    super::plain("embed", include_str!("../../kernels/embed.cu"))
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct EmbedArgs {
+    table: u64,
+    tokens: u64,
+    out: u64,
+    cols: u32,
+    ld: u32,
+}
+
+/// Kernels of `embed.cu`.
+pub(crate) struct Embed {
+    embed: Kernel,
+}
+
+impl Embed {
+    pub(crate) fn load(loader: &Loader) -> crate::Result<Self> {
+        Ok(Self { embed: loader.module(&unit())?.kernel("embed")? })
+    }
+
+    /// Rows of the table for the staged tokens.
+    pub(crate) fn run(
+        &self,
+        device: &Device,
+        table: &Weight,
+        batch: &Staged,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let [vocab_size, cols] = table.shape();
+        let id = batch.largest_token;
+        if batch.tokens > 0 && id as usize >= vocab_size {
+            return Err(jamba_core::Error::Token { id, index: 0, vocab_size });
+        }
+        let grid = Grid::new("embed", [batch.tokens, 1, 1], 256, 0)?;
+        let args = EmbedArgs {
+            table: table.matrix()?,
+            tokens: batch.tokens_ptr(),
+            out: out.ptr(),
+            cols: cols as u32,
+            ld: table.ld(),
+        };
+        // SAFETY: every staged id is a row of the table, as checked above; `out` has a row of
+        // `cols` for each of the tokens.
+        unsafe { device.launch(&self.embed, &grid, &args) }?;
+        Ok(())
+    }
+}

@@ -1,0 +1,40 @@
+//! Launchers, one file per kernel source. In each: the kernel's arguments as they are laid out in
+//! CUDA C++, the kernels of the source, and for every launch its checks and one `unsafe` call.
+//!
+//! Callers in [`backend`](crate::backend) have checked the shapes against each other
+//! ([`jamba_core::shape`]) and set the rows of the result; here the rest is checked: what sizes a
+//! kernel is made for, alignment, and that the grid exists.
+
+pub(crate) mod argmax;
+pub(crate) mod attention;
+pub(crate) mod conv1d;
+pub(crate) mod cublas;
+pub(crate) mod elementwise;
+pub(crate) mod embed;
+pub(crate) mod linear;
+pub(crate) mod moe;
+pub(crate) mod norm;
+pub(crate) mod rows;
+pub(crate) mod scan;
+pub(crate) mod workspace;
+
+use crate::kernels::Unit;
+
+/// The sources that do not depend on the sizes of a model.
+pub(crate) fn units() -> Vec<Unit> {
+    let mut units = vec![
+        argmax::unit(),
+        elementwise::unit(),
+        embed::unit(),
+        linear::unit(),
+        norm::unit(),
+        rows::unit(),
+    ];
+    units.extend(moe::units());
+    units
+}
+
+/// A unit without sizes.
+fn plain(stem: &'static str, source: &'static str) -> Unit {
+    Unit { stem, source, defines: Vec::new() }
+}

@@ -1,0 +1,343 @@
+//! Launches `kernels/moe.cu` and `kernels/moe_tiles.cu`.
+#![allow(unsafe_code, reason = "launches kernels")]
+
+use jamba_core::Result;
+use jamba_core::weights::Moe;
+
+use super::linear::{Linear, Operand};
+use super::workspace::Workspaces;
+use crate::device::{Device, Grid, Kernel};
+use crate::error::Error;
+use crate::kernels::{Loader, Unit};
+use crate::options::Precision;
+use crate::tensor::{Tensor, View};
+use crate::weight::Weight;
+
+/// Tokens up to which the weights of an expert are read for each of its tokens.
+const FEW_TOKENS: usize = 2;
+
+pub(super) fn units() -> [Unit; 2] {
+    [
+        super::plain("moe", include_str!("../../kernels/moe.cu")),
+        super::plain("moe_tiles", include_str!("../../kernels/moe_tiles.cu")),
+    ]
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct RouteArgs {
+    logits: u64,
+    expert: u64,
+    p: u64,
+    tokens: u32,
+    experts: u32,
+    top_k: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct SortArgs {
+    expert: u64,
+    start: u64,
+    sorted: u64,
+    place: u64,
+    entries: u32,
+    experts: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct RowsArgs {
+    x: u64,
+    w: u64,
+    expert: u64,
+    p: u64,
+    out: u64,
+    hidden: u32,
+    inter: u32,
+    top_k: u32,
+    ldw: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct TilesArgs {
+    x: u64,
+    w: u64,
+    start: u64,
+    sorted: u64,
+    act: u64,
+    y: u64,
+    experts: u32,
+    top_k: u32,
+    n: u32,
+    k: u32,
+    ldx: u32,
+    ldw: u32,
+    ldact: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct CombineArgs {
+    y: u64,
+    place: u64,
+    p: u64,
+    out: u64,
+    hidden: u32,
+    top_k: u32,
+}
+
+/// The products of the experts in tiles of one height.
+struct Tiles {
+    gate_up: Kernel,
+    down: Kernel,
+    /// Entries of a tile, and rows of W.
+    tile: usize,
+    cols: usize,
+    shared: usize,
+}
+
+/// Kernels of `moe.cu` and `moe_tiles.cu`.
+pub(crate) struct Experts {
+    route: Kernel,
+    sort: Kernel,
+    gate_up_rows: Kernel,
+    down_rows: Kernel,
+    combine: Kernel,
+    /// By height, the highest first.
+    tiles: Vec<Tiles>,
+    precision: Precision,
+}
+
+/// Sizes of a call.
+#[derive(Clone, Copy)]
+struct Sizes {
+    tokens: usize,
+    experts: usize,
+    top_k: usize,
+    entries: usize,
+    hidden: usize,
+    inter: usize,
+}
+
+/// Addresses within the workspace of routes.
+#[derive(Clone, Copy)]
+struct Routes {
+    expert: u64,
+    p: u64,
+    sorted: u64,
+    place: u64,
+    start: u64,
+}
+
+/// Bytes of the workspaces for so many tokens: routes, activations, results of the experts.
+pub(crate) fn workspace_bytes(
+    tokens: usize,
+    (experts, top_k): (usize, usize),
+    (hidden, inter): (usize, usize),
+    precision: Precision,
+) -> [usize; 3] {
+    let entries = tokens.saturating_mul(top_k);
+    let act = match precision {
+        Precision::Bf16 => entries.saturating_mul(2 * inter.next_multiple_of(8)),
+        Precision::F32 => entries.saturating_mul(4 * inter.next_multiple_of(4)),
+    };
+    // Few tokens have their activations in f32.
+    let few = 4 * entries.min(FEW_TOKENS * top_k) * inter;
+    let routes = entries.saturating_mul(16).saturating_add(4 * (experts + 1));
+    [routes, act.max(few), entries.saturating_mul(4 * hidden)]
+}
+
+impl Experts {
+    pub(crate) fn load(loader: &Loader) -> crate::Result<Self> {
+        let [moe, tiles] = units().map(|unit| loader.module(&unit));
+        let (moe, products) = (moe?, tiles?);
+        let load = |gate_up, down, tile: usize, cols, shared| {
+            let gate_up = products.kernel_with_shared(gate_up, shared)?;
+            let down = products.kernel_with_shared(down, shared)?;
+            Ok::<_, Error>(Tiles { gate_up, down, tile, cols, shared })
+        };
+        // STAGES (TILE + COLS) PITCH bf16 of moe_tiles.cu.
+        let shared = |tile: usize| 3 * (tile + 128) * 40 * 2;
+        let tiles = match loader.precision {
+            Precision::Bf16 => vec![
+                load("moe_gate_up_128", "moe_down_128", 128, 128, shared(128))?,
+                load("moe_gate_up_32", "moe_down_32", 32, 128, shared(32))?,
+            ],
+            Precision::F32 => vec![load("moe_gate_up_64", "moe_down_64", 64, 64, 0)?],
+        };
+        Ok(Self {
+            route: moe.kernel("moe_route")?,
+            sort: moe.kernel("moe_sort")?,
+            gate_up_rows: moe.kernel("moe_gate_up_rows")?,
+            down_rows: moe.kernel("moe_down_rows")?,
+            combine: moe.kernel("moe_combine")?,
+            tiles,
+            precision: loader.precision,
+        })
+    }
+
+    /// `out` from `x` through the experts that the logits choose.
+    pub(crate) fn run(
+        &self,
+        device: &Device,
+        (x, router_logits): (View, &Tensor),
+        weights: &Moe<Weight>,
+        (top_k, inter): (usize, usize),
+        (linear, workspaces): (&Linear, &mut Workspaces),
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let (tokens, hidden, experts) = (x.rows, x.cols, router_logits.cols());
+        let entries = tokens * top_k;
+        let s = Sizes { tokens, experts, top_k, entries, hidden, inter };
+        if tokens == 0 {
+            return Ok(());
+        }
+        if experts > 1024 {
+            let allowed = "the kernel is made for up to 1024";
+            let (op, what) = ("moe_experts", "number of experts");
+            return Err(Error::Size { op, what, got: experts, allowed }.into());
+        }
+        let bytes = workspace_bytes(tokens, (experts, top_k), (hidden, inter), self.precision);
+        let base = workspaces.routes.reserve(device, bytes[0])?;
+        let list = |i: usize| base + 4 * (i * entries) as u64;
+        let routes =
+            Routes { expert: list(0), p: list(1), sorted: list(2), place: list(3), start: list(4) };
+        let act = workspaces.act.reserve(device, bytes[1])?;
+
+        let grid = Grid::new("moe_route", [tokens.div_ceil(4), 1, 1], 128, 0)?;
+        let args = RouteArgs {
+            logits: router_logits.ptr(),
+            expert: routes.expert,
+            p: routes.p,
+            tokens: tokens as u32,
+            experts: experts as u32,
+            top_k: top_k as u32,
+        };
+        // SAFETY: the logits are (tokens, experts), the lists of the workspace have an element
+        // for every entry, and top_k is at most the number of experts.
+        unsafe { device.launch(&self.route, &grid, &args) }?;
+        if tokens <= FEW_TOKENS {
+            return self.few(device, s, routes, x, weights, act, out);
+        }
+        let y = workspaces.expert_out.reserve(device, bytes[2])?;
+        let x = match self.precision {
+            Precision::F32 => Operand { ptr: x.ptr, rows: x.rows, ld: x.ld },
+            Precision::Bf16 => linear.cast(device, x, &mut workspaces.cast)?,
+        };
+        self.tiles(device, s, routes, x, weights, (act, y), out)
+    }
+
+    fn few(
+        &self,
+        device: &Device,
+        s: Sizes,
+        routes: Routes,
+        x: View,
+        weights: &Moe<Weight>,
+        act: u64,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let gate_up = RowsArgs {
+            x: x.ptr,
+            w: weights.gate_up_proj.matrix()?,
+            expert: routes.expert,
+            p: routes.p,
+            out: act,
+            hidden: s.hidden as u32,
+            inter: s.inter as u32,
+            top_k: s.top_k as u32,
+            ldw: weights.gate_up_proj.ld(),
+        };
+        let grid = Grid::new("moe_gate_up_rows", [s.inter.div_ceil(4), s.entries, 1], 128, 0)?;
+        // SAFETY: every entry's expert is one of the weights', x has a row for every token, and
+        // the workspace one of `inter` for every entry.
+        unsafe { device.launch(&self.gate_up_rows, &grid, &gate_up) }?;
+        let down = RowsArgs {
+            x: act,
+            w: weights.down_proj.matrix()?,
+            out: out.ptr(),
+            ldw: weights.down_proj.ld(),
+            ..gate_up
+        };
+        let grid = Grid::new("moe_down_rows", [s.hidden.div_ceil(4), s.tokens, 1], 128, 0)?;
+        // SAFETY: as above; the activations were written by the launch before, and out has a row
+        // for every token.
+        unsafe { device.launch(&self.down_rows, &grid, &down) }?;
+        Ok(())
+    }
+
+    fn tiles(
+        &self,
+        device: &Device,
+        s: Sizes,
+        routes: Routes,
+        x: Operand,
+        weights: &Moe<Weight>,
+        (act, y): (u64, u64),
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let grid = Grid::new("moe_sort", [s.experts, 1, 1], 256, 0)?;
+        let args = SortArgs {
+            expert: routes.expert,
+            start: routes.start,
+            sorted: routes.sorted,
+            place: routes.place,
+            entries: s.entries as u32,
+            experts: s.experts as u32,
+        };
+        // SAFETY: the lists have an element for every entry, `start` one more than experts.
+        unsafe { device.launch(&self.sort, &grid, &args) }?;
+
+        // The highest tiles that the average expert fills to a third.
+        let filled = |t: &&Tiles| s.entries >= s.experts * t.tile / 3;
+        let Some(kernels) = self.tiles.iter().find(filled).or(self.tiles.last()) else {
+            return Ok(());
+        };
+        let count = (s.entries.div_ceil(kernels.tile) + s.experts).min(s.entries);
+        let ldact = weights.down_proj.ld();
+        let gate_up = TilesArgs {
+            x: x.ptr,
+            w: weights.gate_up_proj.matrix()?,
+            start: routes.start,
+            sorted: routes.sorted,
+            act,
+            y,
+            experts: s.experts as u32,
+            top_k: s.top_k as u32,
+            n: s.inter as u32,
+            k: s.hidden as u32,
+            ldx: x.ld,
+            ldw: weights.gate_up_proj.ld(),
+            ldact,
+        };
+        let blocks = [count, s.inter.div_ceil(kernels.cols / 2), 1];
+        let grid = Grid::new("moe_gate_up", blocks, 256, kernels.shared)?;
+        // SAFETY: the sorted entries are those of the tokens of x; the weights have 2 inter rows
+        // for every expert, of a stride that is padded with zeros as that of x is; the workspace
+        // has a row of ldact for every entry.
+        unsafe { device.launch(&kernels.gate_up, &grid, &gate_up) }?;
+        let down = TilesArgs {
+            x: act,
+            w: weights.down_proj.matrix()?,
+            n: s.hidden as u32,
+            k: s.inter as u32,
+            ldx: ldact,
+            ldw: weights.down_proj.ld(),
+            ..gate_up
+        };
+        let blocks = [count, s.hidden.div_ceil(kernels.cols), 1];
+        let grid = Grid::new("moe_down", blocks, 256, kernels.shared)?;
+        // SAFETY: as above; y has a row of `hidden` for every entry.
+        unsafe { device.launch(&kernels.down, &grid, &down) }?;
+
+        let grid = Grid::new("moe_combine", [s.tokens, 1, 1], 256, 0)?;
+        let (place, p, out) = (routes.place, routes.p, out.ptr());
+        let (hidden, top_k) = (s.hidden as u32, s.top_k as u32);
+        let args = CombineArgs { y, place, p, out, hidden, top_k };
+        // SAFETY: every entry has its place among the rows of y; out has a row for every token.
+        unsafe { device.launch(&self.combine, &grid, &args) }?;
+        Ok(())
+    }
+}

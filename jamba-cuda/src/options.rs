@@ -1,0 +1,52 @@
+//! What a backend is made with.
+
+use std::path::PathBuf;
+
+/// In which precision weights are kept and matrix products computed. Activations between
+/// operators, states, and everything that is not a matrix product are f32 in both.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// Weights and the KV cache in bf16; operands of matrix products rounded to bf16, sums in
+    /// f32. Weights stored as f16 or f32 are rounded to the nearest bf16, ties to even: f16 has
+    /// three bits of mantissa more, which are lost.
+    #[default]
+    Bf16,
+    /// Weights, KV cache and products in f32, without TF32.
+    F32,
+}
+
+/// Where compiled kernels are kept between runs of a program.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum KernelCache {
+    /// `$XDG_CACHE_HOME/jamba-cuda`, or `~/.cache/jamba-cuda`; nowhere if neither variable is set.
+    #[default]
+    Default,
+    /// This folder, made if it is not there.
+    Folder(PathBuf),
+    /// Nowhere: kernels are compiled anew by every backend.
+    Off,
+}
+
+impl KernelCache {
+    pub(crate) fn folder(&self) -> Option<PathBuf> {
+        let variable = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+        match self {
+            Self::Default => variable("XDG_CACHE_HOME")
+                .or_else(|| variable("HOME").map(|home| home.join(".cache")))
+                .map(|cache| cache.join("jamba-cuda")),
+            Self::Folder(folder) => Some(folder.clone()),
+            Self::Off => None,
+        }
+    }
+}
+
+/// Options of [`CudaBackend::with_options`](crate::CudaBackend::with_options).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CudaOptions {
+    /// Number of the device, from 0.
+    pub ordinal: usize,
+    /// Precision of weights and matrix products.
+    pub precision: Precision,
+    /// Where compiled kernels are kept.
+    pub cache: KernelCache,
+}

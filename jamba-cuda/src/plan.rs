@@ -1,0 +1,183 @@
+//! What a model needs on the device, told before anything is allocated.
+
+use std::fmt;
+
+use jamba_core::schedule::Schedule;
+use jamba_core::weights::Weights;
+use jamba_core::{Config, Limits, memory};
+
+use crate::error::{Error, Result};
+use crate::ops::{attention, cublas, moe};
+use crate::options::Precision;
+use crate::state;
+use crate::weight;
+
+/// Bytes of a model and of one runner of it on the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Plan {
+    /// All parameters. Shared by all runners of the model.
+    pub weights: u64,
+    /// Convolution and SSM states, KV cache and the staged batch.
+    pub state: u64,
+    /// Activations of a step.
+    pub scratch: u64,
+    /// Memory between kernels, shared by all runners of the backend.
+    pub workspaces: u64,
+    /// What was free on the device, if it was asked.
+    pub free: Option<u64>,
+}
+
+impl Plan {
+    /// The plan for a model of `config` and a runner with these limits. Needs no device.
+    pub fn new(config: &Config, limits: &Limits, precision: Precision) -> Self {
+        let mut weights = 0;
+        Weights::layout(config).for_each(|spec| {
+            let cols = spec.shape.last().map_or(1, |&n| n as u64);
+            let rows = spec.elements().checked_div(cols).unwrap_or(0);
+            weights += weight::bytes(spec.role, rows, cols, precision);
+        });
+        let slots = limits.slots as u64;
+        let staged = (state::staged_words(limits) as u64).saturating_mul(4);
+        Self {
+            weights,
+            state: slots
+                .saturating_mul(sequence_bytes(config, limits.context, precision))
+                .saturating_add(staged),
+            scratch: scratch(config, limits),
+            workspaces: workspaces(config, limits.tokens, precision)
+                .into_iter()
+                .fold(0, |sum, bytes| sum.saturating_add(bytes as u64)),
+            free: None,
+        }
+    }
+
+    /// All bytes together.
+    pub fn total(&self) -> u64 {
+        let parts = [self.weights, self.state, self.scratch, self.workspaces];
+        parts.into_iter().fold(0, u64::saturating_add)
+    }
+
+    /// Whether all of it fits into what is free.
+    ///
+    /// # Errors
+    /// [`Error::DoesNotFit`] with this plan, if what is free is known and less.
+    pub fn check(&self) -> Result<()> {
+        self.check_part(self.total())
+    }
+
+    /// Whether so many bytes, the part of the plan that is not allocated yet, fit.
+    pub(crate) fn check_part(&self, needed: u64) -> Result<()> {
+        match self.free {
+            Some(free) if needed > free => Err(Error::DoesNotFit(Box::new(*self))),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+        write!(
+            f,
+            "weights {:.2} GiB, state {:.2}, scratch {:.2}, workspaces {:.2}, together {:.2} GiB",
+            gib(self.weights),
+            gib(self.state),
+            gib(self.scratch),
+            gib(self.workspaces),
+            gib(self.total())
+        )?;
+        self.free.map_or(Ok(()), |free| write!(f, "; {:.2} GiB are free", gib(free)))
+    }
+}
+
+/// Bytes of the state of a sequence of so many tokens: the KV cache in the precision of the
+/// backend, convolution and SSM states in f32.
+pub(crate) fn sequence_bytes(config: &Config, positions: usize, precision: Precision) -> u64 {
+    let kv = memory::kv_bytes(config, positions, state::kv_element_bytes(precision));
+    kv.saturating_add(memory::mamba_state_bytes(config, 4))
+}
+
+/// Bytes of a [`Scratch`](jamba_core::Scratch): its tensors, all f32.
+fn scratch(config: &Config, limits: &Limits) -> u64 {
+    let (hidden, d_inner) = (config.hidden_size, config.d_inner());
+    let of_token = 3 * hidden
+        + 2 * d_inner
+        + d_inner
+        + config.mamba_dt_rank
+        + 2 * config.mamba_d_state
+        + 2 * d_inner
+        + config.q_width()
+        + 2 * config.kv_width()
+        + config.q_width()
+        + config.num_experts
+        + 3 * config.intermediate_size;
+    let of_output = 2 * hidden + config.vocab_size;
+    let bytes = |rows: usize, of_row: usize| (rows as u64).saturating_mul(4 * of_row as u64);
+    bytes(limits.tokens, of_token).saturating_add(bytes(limits.outputs, of_output))
+}
+
+/// Bytes of the workspaces for steps of so many tokens: operand of a product, parts of attention,
+/// routes, activations and results of the experts, workspace of cuBLASLt.
+pub(crate) fn workspaces(config: &Config, tokens: usize, precision: Precision) -> [usize; 6] {
+    let schedule = Schedule::new(config);
+    let (hidden, inter) = (config.hidden_size, config.intermediate_size);
+    let operand = hidden.max(config.d_inner()).max(config.q_width()).max(inter);
+    let cast = match precision {
+        Precision::Bf16 => tokens.saturating_mul(2 * operand.next_multiple_of(8)),
+        Precision::F32 => 0,
+    };
+    let parts = if schedule.attention_layers() > 0 { attention::PARTS_BYTES } else { 0 };
+    let routing = (config.num_experts, config.num_experts_per_tok);
+    let [routes, act, expert_out] = if schedule.moe_layers() > 0 {
+        moe::workspace_bytes(tokens, routing, (hidden, inter), precision)
+    } else {
+        [0; 3]
+    };
+    [cast, parts, routes, act, expert_out, cublas::WORKSPACE_BYTES]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: Limits = Limits { slots: 2, context: 1 << 16, tokens: 8192, outputs: 1 };
+
+    #[test]
+    fn the_3b_is_what_its_shape_says() {
+        let config = Config::preset("jamba-reasoning-3b").unwrap();
+        let plan = Plan::new(&config, &LIMITS, Precision::Bf16);
+        // 3.03 parameters of 2 bytes; 64 MiB of KV cache and 9.65 MiB of states per slot.
+        assert!((6.0..6.2).contains(&(plan.weights as f64 / 1e9)), "{plan}");
+        assert!((147.0..148.0).contains(&(plan.state as f64 / f64::from(1 << 20))), "{plan}");
+        assert!(plan.check().is_ok(), "nothing is known of the device");
+        let known = Plan { free: Some(plan.total()), ..plan };
+        assert!(known.check().is_ok());
+        let error = Plan { free: Some(plan.total() - 1), ..plan }.check().unwrap_err().to_string();
+        for word in ["weights 5.6", "state 0.14", "scratch", "free"] {
+            assert!(error.contains(word), "{error}");
+        }
+    }
+
+    #[test]
+    fn limits_without_bounds_do_not_overflow() {
+        for name in ["jamba-v0.1", "jamba-reasoning-3b"] {
+            let config = Config::preset(name).unwrap();
+            let (slots, context, tokens) = (usize::MAX, usize::MAX, usize::MAX);
+            let limits = Limits { slots, context, tokens, outputs: usize::MAX };
+            for precision in [Precision::Bf16, Precision::F32] {
+                let plan = Plan::new(&config, &limits, precision);
+                assert_eq!(plan.total(), u64::MAX);
+                assert!(Plan { free: Some(1 << 40), ..plan }.check().is_err());
+            }
+        }
+    }
+
+    #[test]
+    fn f32_takes_twice_the_matrices() {
+        let config = Config::preset("jamba-tales-11m").unwrap();
+        let [bf16, f32] =
+            [Precision::Bf16, Precision::F32].map(|p| Plan::new(&config, &LIMITS, p).weights);
+        assert!((1.9..2.0).contains(&(f32 as f64 / bf16 as f64)), "{f32} and {bf16}");
+    }
+}

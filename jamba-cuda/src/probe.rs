@@ -1,0 +1,80 @@
+//! What the card does now, to set a model's speed against.
+#![allow(unsafe_code, reason = "calls cuBLASLt")]
+
+use crate::backend::CudaBackend;
+use crate::device::{Device, driver_error};
+use crate::error::Result;
+use crate::ops::cublas::{CublasLt, Product};
+use crate::options::Precision;
+
+/// Rows and columns of the operands of the product.
+const SIDE: usize = 8192;
+/// Bytes copied at a time.
+const COPY: usize = 2 << 30;
+const REPEATS: usize = 8;
+
+/// Ceilings of the card, measured.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Probe {
+    /// A copy of 2 GiB within the device, bytes read plus bytes written, in 10^9 bytes a second.
+    pub copy_gb_per_s: f64,
+    /// A product of two 8192 x 8192 matrices of random bf16, in 10^12 operations a second.
+    pub bf16_tflop_per_s: f64,
+}
+
+impl CudaBackend {
+    /// Measures the card: the median of a few repeats. Takes 4 GiB of its memory meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory), [`Error::Driver`](crate::Error::Driver).
+    pub fn probe(&self) -> Result<Probe> {
+        let device = &*self.device;
+        let copy = {
+            let (from, mut to) = (device.alloc(COPY)?, device.alloc(COPY)?);
+            median_seconds(device, || device.copy(&from, &mut to, COPY))?
+        };
+        let product = {
+            let bytes = 2 * SIDE * SIDE;
+            let [mut x, mut w, out] =
+                [device.alloc(bytes)?, device.alloc(bytes)?, device.alloc(2 * bytes)?];
+            device.upload(&mut x, 0, &random_bf16(bytes, 1))?;
+            device.upload(&mut w, 0, &random_bf16(bytes, 2))?;
+            let ld = SIDE as u32;
+            let product = Product { rows: SIDE, n: SIDE, k: SIDE, ldx: ld, ldw: ld };
+            let mut cublas = CublasLt::new(device, Precision::Bf16)?;
+            median_seconds(device, || {
+                // SAFETY: the operands are SIDE x SIDE bf16, the result as many f32.
+                unsafe { cublas.matmul(device, product, x.ptr(), w.ptr(), out.ptr()) }
+            })?
+        };
+        Ok(Probe {
+            copy_gb_per_s: 2.0 * COPY as f64 / copy / 1e9,
+            bf16_tflop_per_s: 2.0 * (SIDE as f64).powi(3) / product / 1e12,
+        })
+    }
+}
+
+fn median_seconds(device: &Device, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
+    work()?;
+    let mut seconds = Vec::new();
+    for _ in 0..REPEATS {
+        let start = device.event()?;
+        work()?;
+        let end = device.event()?;
+        let milliseconds = start.elapsed_ms(&end).map_err(driver_error("timing"))?;
+        seconds.push(f64::from(milliseconds) / 1e3);
+    }
+    seconds.sort_by(f64::total_cmp);
+    Ok(seconds[REPEATS / 2])
+}
+
+/// Values of magnitude 1/2 to 2 and random sign and mantissa.
+fn random_bf16(bytes: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 48) as u16
+    };
+    (0..bytes / 2).flat_map(|_| ((next() & 0x80ff) | 0x3f00).to_le_bytes()).collect()
+}

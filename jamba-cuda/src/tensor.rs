@@ -1,0 +1,99 @@
+//! Activations.
+
+use jamba_core::Cols;
+use jamba_core::shape::Shaped;
+
+use crate::device::{Buffer, Device};
+use crate::error::{Error, Result};
+
+/// Row-major f32 activations on the device, allocated for a maximum of rows.
+///
+/// All activations are f32, not only the residual stream: an operator's output does not know who
+/// reads it, and rounding to bf16 where a tensor core reads costs a pass over the data, but no
+/// accuracy in norms, convolution, scan and softmax. A tensor belongs to the backend that
+/// allocated it.
+pub struct Tensor {
+    buffer: Buffer,
+    rows: usize,
+    cols: usize,
+    capacity: usize,
+}
+
+impl Tensor {
+    pub(crate) fn new(device: &Device, capacity: usize, cols: usize) -> Result<Self> {
+        // Kernels count rows and columns, each by itself, in 32 bits.
+        for (what, got) in [("rows", capacity), ("columns", cols)] {
+            if got > i32::MAX as usize {
+                let allowed = "2^31 - 1 is the most";
+                return Err(Error::Size { op: "alloc", what, got, allowed });
+            }
+        }
+        let buffer = device.alloc(4 * capacity * cols)?;
+        Ok(Self { buffer, rows: 0, cols, capacity })
+    }
+
+    /// Sets the rows in use, which are to be overwritten.
+    pub(crate) fn resize(&mut self, op: &'static str, rows: usize) -> jamba_core::Result<()> {
+        if rows > self.capacity {
+            let (expected, got) = ([self.capacity, self.cols], [rows, self.cols]);
+            return Err(jamba_core::Error::Shape { op, what: "rows in use", expected, got });
+        }
+        self.rows = rows;
+        Ok(())
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(crate) fn cols(&self) -> usize {
+        self.cols
+    }
+
+    pub(crate) fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    pub(crate) fn ptr(&self) -> u64 {
+        self.buffer.ptr()
+    }
+
+    pub(crate) fn buffer(&self) -> &Buffer {
+        &self.buffer
+    }
+
+    pub(crate) fn buffer_mut(&mut self) -> &mut Buffer {
+        &mut self.buffer
+    }
+}
+
+impl Shaped for Tensor {
+    fn shape(&self) -> [usize; 2] {
+        [self.rows, self.cols]
+    }
+}
+
+/// Some columns of a tensor, as a kernel sees them.
+#[derive(Clone, Copy)]
+pub(crate) struct View {
+    /// Address of the first element.
+    pub(crate) ptr: u64,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    /// Elements from one row to the next.
+    pub(crate) ld: u32,
+}
+
+impl View {
+    /// Whether 16 bytes can be read at every fourth element.
+    pub(crate) fn aligned(&self) -> bool {
+        self.ptr.is_multiple_of(16) && self.ld.is_multiple_of(4)
+    }
+}
+
+impl From<&Cols<'_, Tensor>> for View {
+    fn from(x: &Cols<'_, Tensor>) -> Self {
+        let ptr = x.tensor.ptr() + 4 * x.cols.start as u64;
+        Self { ptr, rows: x.tensor.rows, cols: x.cols.len(), ld: x.tensor.cols as u32 }
+    }
+}

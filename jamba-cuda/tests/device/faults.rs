@@ -1,0 +1,127 @@
+//! What goes wrong is an error that says what to do, on a machine with a card and without.
+
+use std::process::Command;
+
+use jamba_core::backend::Backend;
+use jamba_core::{Batch, Config, Limits, Model, ModelRunner, Outputs, Runner};
+use jamba_cuda::{CudaBackend, CudaOptions, Error, KernelCache, Precision};
+use libtest_mimic::{Failed, Trial};
+
+use crate::support::{Random, cache, open};
+
+pub(crate) fn trials(present: bool) -> Vec<Trial> {
+    let trial = |name, run: fn() -> Result<(), Failed>| {
+        Trial::test(format!("faults::{name}"), run).with_ignored_flag(!present)
+    };
+    vec![
+        trial("no_such_device", no_such_device),
+        trial("what_does_not_fit", what_does_not_fit),
+        trial("out_of_memory", out_of_memory),
+        trial("damaged_cache", damaged_cache),
+        trial("a_kernel_that_fails", a_kernel_that_fails),
+    ]
+}
+
+pub(crate) fn anywhere() -> Vec<Trial> {
+    vec![Trial::test("faults::opening_never_panics", || {
+        for ordinal in [0, 1, 99, usize::MAX] {
+            match CudaBackend::with_options(options(ordinal)) {
+                Ok(_) => {}
+                Err(error) => {
+                    let message = jamba_core::Error::from(error).to_string();
+                    check(message.starts_with("cuda: ") && message.len() > 40, message)?;
+                }
+            }
+        }
+        Ok(())
+    })]
+}
+
+fn options(ordinal: usize) -> CudaOptions {
+    CudaOptions { ordinal, cache: cache(), precision: Precision::Bf16 }
+}
+
+fn check(holds: bool, otherwise: impl Into<Failed>) -> Result<(), Failed> {
+    if holds { Ok(()) } else { Err(otherwise.into()) }
+}
+
+fn no_such_device() -> Result<(), Failed> {
+    match CudaBackend::new(99) {
+        Err(Error::NoDevice { ordinal: 99, count }) => check(count > 0, "it counts none"),
+        other => Err(format!("{:?}", other.err()).into()),
+    }
+}
+
+fn what_does_not_fit() -> Result<(), Failed> {
+    let backend = open(Precision::Bf16)?;
+    let config = Config::preset("jamba-tales-11m")?;
+    let limits = Limits { slots: 1 << 12, context: 1 << 20, tokens: 16, outputs: 1 };
+    let plan = backend.plan(&config, &limits)?;
+    check(plan.check().is_err(), plan.to_string())?;
+    let model = Model::new(config, &Random(1), backend)?;
+    match ModelRunner::new(model.clone(), limits).err() {
+        Some(error) => check(error.to_string().contains("GiB are free"), error.to_string())?,
+        None => return Err("a KV cache of terabytes was allocated".into()),
+    }
+    let small = Limits { slots: 1, context: 64, tokens: 16, outputs: 1 };
+    ModelRunner::new(model, small)?;
+    Ok(())
+}
+
+fn out_of_memory() -> Result<(), Failed> {
+    let backend = open(Precision::Bf16)?;
+    let message = match backend.alloc(1 << 20, 1 << 20) {
+        Err(error) => error.to_string(),
+        Ok(_) => return Err("4 TiB were allocated".into()),
+    };
+    check(message.contains("out of device memory"), message)?;
+    check(backend.alloc(1 << 62, 1 << 62).is_err(), "more than addresses were allocated")?;
+    let mut x = backend.alloc(1, 2)?;
+    backend.write(&mut x, &[1.0, 2.0])?;
+    check(backend.read_allocated(&x)? == [1.0, 2.0], "the backend does not survive it")
+}
+
+fn damaged_cache() -> Result<(), Failed> {
+    let folder = tempfile::tempdir()?;
+    let open_here = || {
+        let cache = KernelCache::Folder(folder.path().to_owned());
+        CudaBackend::with_options(CudaOptions { cache, ..CudaOptions::default() })
+    };
+    open_here()?;
+    for entry in std::fs::read_dir(folder.path())? {
+        std::fs::write(entry?.path(), b"not a cubin")?;
+    }
+    open_here()?;
+    Ok(())
+}
+
+/// Set in the process that is to see a kernel fail: no other could use the device after it.
+pub(crate) const TRAP: &str = "JAMBA_CUDA_TRAP";
+
+fn a_kernel_that_fails() -> Result<(), Failed> {
+    let child = Command::new(std::env::current_exe()?).env(TRAP, "1").output()?;
+    let said = String::from_utf8_lossy(&child.stdout).into_owned()
+        + &String::from_utf8_lossy(&child.stderr);
+    check(child.status.success() && !said.contains("panicked"), format!("{}: {said}", child.status))
+}
+
+/// The process of [`a_kernel_that_fails`]: every call after it is an error, and nothing panics,
+/// not even while all is dropped.
+pub(crate) fn after_a_trap() -> Result<(), Failed> {
+    let backend = open(Precision::Bf16)?;
+    let config = Config::preset("jamba-tales-11m")?;
+    let limits = Limits { slots: 1, context: 64, tokens: 16, outputs: 1 };
+    let model = Model::new(config, &Random(1), backend)?;
+    let mut runner = ModelRunner::new(model.clone(), limits)?;
+    runner.step(&Batch::single(0, 0, &[1, 2, 3], Outputs::Last))?;
+    let logits = runner.logits()?;
+    let backend = model.backend();
+    backend.trap()?;
+    let error = backend.synchronize().err().ok_or("the failure is not told")?;
+    check(matches!(error, Error::Driver { .. }), format!("{error:?}"))?;
+    check(runner.step(&Batch::single(0, 3, &[4], Outputs::Last)).is_err(), "a step works")?;
+    check(runner.logits().is_err(), "logits can be read")?;
+    check(backend.alloc(1, 1).is_err(), "memory is allocated")?;
+    check(open(Precision::F32).is_err(), "the device can be opened anew")?;
+    check(logits.iter().all(|v| v.is_finite()), "logits read before are lost")
+}

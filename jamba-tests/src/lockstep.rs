@@ -1,0 +1,316 @@
+//! Two backends layer by layer, each layer fed the same input: a bad one is named, and errors do
+//! not pile up.
+
+pub(crate) mod models;
+
+use std::fmt;
+
+use jamba_core::recording::Recorded;
+use jamba_core::schedule::{MixerKind, Schedule};
+use jamba_core::{
+    Backend, Batch, Cols, Config, Limits, Model, Result, Scratch, StatePart, compose,
+};
+use serde::Serialize;
+
+use crate::compare::Difference;
+use crate::problem::bench::{part_name, part_shape};
+use crate::tolerance::Tolerance;
+
+/// A model that is run layer by layer, on a backend chosen at run time.
+pub trait LayerRunner {
+    /// The configuration of the model.
+    fn config(&self) -> &Config;
+
+    /// Name of the backend.
+    fn backend_name(&self) -> &'static str;
+
+    /// Stages a batch.
+    ///
+    /// # Errors
+    /// Those of [`Batch::check`], or what the backend reports.
+    fn stage(&mut self, batch: &Batch) -> Result<()>;
+
+    /// Embeds the staged tokens: `(tokens, hidden_size)`.
+    ///
+    /// # Errors
+    /// What the backend reports.
+    fn embed(&mut self) -> Result<Vec<f32>>;
+
+    /// Runs one layer on `hidden (tokens, hidden_size)`; the result has the same shape.
+    ///
+    /// # Errors
+    /// What the backend reports.
+    fn layer(&mut self, index: usize, hidden: &[f32]) -> Result<Vec<f32>>;
+
+    /// Logits of `hidden (tokens, hidden_size)`: `(outputs, vocab_size)`.
+    ///
+    /// # Errors
+    /// What the backend reports.
+    fn head(&mut self, hidden: &[f32]) -> Result<Vec<f32>>;
+
+    /// [`Backend::read_state`].
+    ///
+    /// # Errors
+    /// What the backend reports.
+    fn read_state(
+        &self,
+        layer: usize,
+        part: StatePart,
+        slot: usize,
+        positions: usize,
+    ) -> Result<Vec<f32>>;
+
+    /// [`Backend::write_state`].
+    ///
+    /// # Errors
+    /// What the backend reports.
+    fn write_state(
+        &mut self,
+        layer: usize,
+        part: StatePart,
+        slot: usize,
+        positions: usize,
+        values: &[f32],
+    ) -> Result<()>;
+}
+
+/// The [`LayerRunner`] of a [`Model`]. Layers run with the blocks of the backend, fused or not.
+pub struct Layers<B: Backend> {
+    model: Model<B>,
+    limits: Limits,
+    scratch: Scratch<B::Tensor>,
+    state: B::State,
+}
+
+impl<B: Backend> Layers<B> {
+    /// Allocates for batches of up to `limits`.
+    ///
+    /// # Errors
+    /// What the backend reports.
+    pub fn new(model: Model<B>, limits: Limits) -> Result<Self> {
+        let scratch = Scratch::new(model.backend(), model.config(), &limits)?;
+        let state = model.backend().new_state(model.config(), &limits)?;
+        Ok(Self { model, limits, scratch, state })
+    }
+
+    fn read(&self, tensor: &B::Tensor) -> Result<Vec<f32>> {
+        let b = self.model.backend();
+        b.read(Cols { tensor, cols: 0..b.shape(tensor)[1] })
+    }
+}
+
+impl<B: Backend> LayerRunner for Layers<B> {
+    fn config(&self) -> &Config {
+        self.model.config()
+    }
+
+    fn backend_name(&self) -> &'static str {
+        self.model.backend().name()
+    }
+
+    fn stage(&mut self, batch: &Batch) -> Result<()> {
+        batch.check(self.model.config(), &self.limits)?;
+        self.model.backend().stage(&mut self.state, batch)
+    }
+
+    fn embed(&mut self) -> Result<Vec<f32>> {
+        let table = &self.model.weights().embed_tokens;
+        self.model.backend().embed(table, &self.state, &mut self.scratch.hidden)?;
+        self.read(&self.scratch.hidden)
+    }
+
+    fn layer(&mut self, index: usize, hidden: &[f32]) -> Result<Vec<f32>> {
+        let Self { model, scratch, state, .. } = self;
+        let b = model.backend();
+        b.write(&mut scratch.hidden, hidden)?;
+        let layer = &model.weights().layers[index];
+        compose::layer(b, model.config(), layer, index, scratch, state)?;
+        self.read(&self.scratch.hidden)
+    }
+
+    fn head(&mut self, hidden: &[f32]) -> Result<Vec<f32>> {
+        let Self { model, scratch, state, .. } = self;
+        let b = model.backend();
+        b.write(&mut scratch.hidden, hidden)?;
+        compose::head(b, model.config(), model.weights(), scratch, state)?;
+        self.read(&self.scratch.logits)
+    }
+
+    fn read_state(
+        &self,
+        layer: usize,
+        part: StatePart,
+        slot: usize,
+        positions: usize,
+    ) -> Result<Vec<f32>> {
+        self.model.backend().read_state(&self.state, layer, part, slot, positions)
+    }
+
+    fn write_state(
+        &mut self,
+        layer: usize,
+        part: StatePart,
+        slot: usize,
+        positions: usize,
+        values: &[f32],
+    ) -> Result<()> {
+        let b = self.model.backend();
+        b.write_state(&mut self.state, layer, part, slot, positions, values)
+    }
+}
+
+/// The errors of one tensor over all batches, as shares of its largest value.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Errors {
+    /// `embed`, `hidden`, `conv`, `ssm`, `k`, `v` or `logits`.
+    pub tensor: String,
+    /// Largest of any element and batch.
+    pub largest: f64,
+    /// Largest root mean square of any batch, as a share of that of the values.
+    pub rms: f64,
+    /// Where shapes differ or a value is not finite.
+    pub fault: Option<String>,
+}
+
+/// One step of a model: the embedding, a layer, the head.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Step {
+    /// `embed`, `layer 3` or `head`.
+    pub name: String,
+    /// What the layer is made of: `mamba + mlp`.
+    pub kind: String,
+    /// Output, then states.
+    pub errors: Vec<Errors>,
+}
+
+/// What [`lockstep`] found.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Report {
+    /// The backend that gave the inputs and the expected values.
+    pub a: &'static str,
+    /// The backend compared with it.
+    pub b: &'static str,
+    /// Tokens run, over all batches.
+    pub tokens: usize,
+    /// Embedding, layers, head.
+    pub steps: Vec<Step>,
+}
+
+/// Runs `batches`, which go on from one another, on both: every layer of `b` gets the input and
+/// the state that `a`'s gets.
+///
+/// # Errors
+/// What either backend reports.
+pub fn lockstep(
+    a: &mut dyn LayerRunner,
+    b: &mut dyn LayerRunner,
+    batches: &[Batch],
+) -> Result<Report> {
+    let config = a.config().clone();
+    let kinds: Vec<_> = Schedule::new(&config).iter().collect();
+    let mut steps = vec![step("embed", "embed".into(), "")];
+    for (i, kind) in kinds.iter().enumerate() {
+        let kind = format!("{:?} + {:?}", kind.mixer, kind.feed_forward).to_lowercase();
+        steps.push(step("hidden", format!("layer {i}"), &kind));
+    }
+    steps.push(step("logits", "head".into(), ""));
+    for batch in batches {
+        a.stage(batch)?;
+        b.stage(batch)?;
+        let tokens = batch.tokens().len();
+        let hidden_shape = [tokens, config.hidden_size];
+        let mut hidden = a.embed()?;
+        add(&mut steps[0], "embed", &hidden_shape, &b.embed()?, &hidden);
+        for (layer, kind) in kinds.iter().enumerate() {
+            let parts = match kind.mixer {
+                MixerKind::Mamba => [StatePart::Conv, StatePart::Ssm],
+                MixerKind::Attention => [StatePart::Keys, StatePart::Values],
+            };
+            for run in batch.runs() {
+                for part in parts {
+                    let values = a.read_state(layer, part, run.slot, run.position)?;
+                    b.write_state(layer, part, run.slot, run.position, &values)?;
+                }
+            }
+            let (next, got) = (a.layer(layer, &hidden)?, b.layer(layer, &hidden)?);
+            let step = &mut steps[1 + layer];
+            add(step, "hidden", &hidden_shape, &got, &next);
+            for run in batch.runs() {
+                for part in parts {
+                    let held = run.position + run.len;
+                    let expected = a.read_state(layer, part, run.slot, held)?;
+                    let got = b.read_state(layer, part, run.slot, held)?;
+                    let shape = part_shape(&config, part, held);
+                    add(step, part_name(part), &shape, &got, &expected);
+                }
+            }
+            hidden = next;
+        }
+        let (expected, got) = (a.head(&hidden)?, b.head(&hidden)?);
+        let shape = [batch.outputs().len(), config.vocab_size];
+        add(&mut steps[1 + kinds.len()], "logits", &shape, &got, &expected);
+    }
+    let tokens = batches.iter().map(|b| b.tokens().len()).sum();
+    Ok(Report { a: a.backend_name(), b: b.backend_name(), tokens, steps })
+}
+
+fn step(output: &str, name: String, kind: &str) -> Step {
+    let errors = vec![Errors { tensor: output.into(), ..Errors::default() }];
+    Step { name, kind: kind.into(), errors }
+}
+
+fn add(step: &mut Step, tensor: &str, shape: &[usize], got: &[f32], expected: &[f32]) {
+    let recorded = |values: &[f32]| Recorded { shape: shape.to_vec(), values: values.to_vec() };
+    let mut found = Difference::new(tensor, &recorded(got), &recorded(expected));
+    if got.len() != expected.len() {
+        let fault = format!("{} values instead of {}", got.len(), expected.len());
+        found.fault = Some(fault);
+    }
+    let at = step.errors.iter().position(|e| e.tensor == tensor).unwrap_or_else(|| {
+        step.errors.push(Errors { tensor: tensor.into(), ..Errors::default() });
+        step.errors.len() - 1
+    });
+    let errors = &mut step.errors[at];
+    errors.largest = errors.largest.max(found.element);
+    errors.rms = errors.rms.max(found.rms);
+    errors.fault = errors.fault.take().or(found.fault);
+}
+
+impl Report {
+    /// The tensors beyond a tolerance, with the step each belongs to.
+    pub fn beyond(&self, tolerance: &Tolerance) -> Vec<(&Step, &Errors)> {
+        let all = self.steps.iter().flat_map(|step| step.errors.iter().map(move |e| (step, e)));
+        let within = |e: &Errors| {
+            e.fault.is_none() && e.largest <= tolerance.element && e.rms <= tolerance.rms
+        };
+        all.filter(|(_, e)| !within(e)).collect()
+    }
+
+    /// The report as JSON.
+    pub fn to_json(&self) -> serde_json::Value {
+        serde_json::to_value(self).unwrap_or_default()
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{} against {}: {} tokens, every layer from the input and state of {}",
+            self.b, self.a, self.tokens, self.a
+        )?;
+        writeln!(f, "errors as shares of the largest value, and root mean squares (rms)\n")?;
+        writeln!(f, "{:10} {:18} {:8} {:>9} {:>9}", "", "", "tensor", "largest", "rms")?;
+        for step in &self.steps {
+            for (i, e) in step.errors.iter().enumerate() {
+                let (name, kind) = if i == 0 { (&*step.name, &*step.kind) } else { ("", "") };
+                write!(f, "{name:10} {kind:18} {:8} ", e.tensor)?;
+                match &e.fault {
+                    Some(fault) => writeln!(f, "{fault}")?,
+                    None => writeln!(f, "{:9.2e} {:9.2e}", e.largest, e.rms)?,
+                }
+            }
+        }
+        Ok(())
+    }
+}

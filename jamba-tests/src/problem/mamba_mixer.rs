@@ -1,0 +1,36 @@
+//! `mamba_mixer`: in_proj, convolution, dt, B and C, scan, out_proj.
+
+use jamba_core::recording::Recording;
+use jamba_core::weights::Mixer;
+use jamba_core::{Backend, Result};
+use proptest::strategy::{BoxedStrategy, Strategy};
+use serde::{Deserialize, Serialize};
+
+use super::Problem;
+use super::block::{Block, LAYER, Loaded, Sizes, wrong_layer};
+use crate::precision::Precision;
+
+/// Sizes of [`Backend::mamba_mixer`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct MambaMixer(pub Block);
+
+impl Problem for MambaMixer {
+    fn strategy(precision: Precision) -> BoxedStrategy<Self> {
+        Block::strategy(precision, |sizes| Sizes { experts: 0, top_k: 1, inter: 3, ..sizes }).prop_map(Self).boxed()
+    }
+
+    fn inputs(&self) -> Recording {
+        self.0.inputs(&["hidden", "normed"], "model.layers.1.mamba.")
+    }
+
+    fn run<B: Backend>(&self, b: &B) -> Result<Recording> {
+        let inputs = self.inputs();
+        // `hidden` is read back: a block leaves the residual stream as it is.
+        let run = |l: &mut Loaded<B>| match &l.weights.layers[LAYER].mixer {
+            Mixer::Mamba(w) => b.mamba_mixer(&l.config, w, LAYER, &mut l.scratch, &mut l.state),
+            Mixer::Attention(_) => wrong_layer("Mamba mixer"),
+        };
+        self.0.run(b, &inputs, run, &["hidden", "block_out"])
+    }
+}
