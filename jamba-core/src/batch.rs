@@ -91,8 +91,12 @@ impl Batch {
         if let Some(index) = self.tokens.iter().position(|&id| id as usize >= vocab_size) {
             return Err(Error::Token { id: self.tokens[index], index, vocab_size });
         }
-        at_most("number of tokens", self.tokens.len(), limits.tokens)?;
-        at_most("number of logit rows", self.outputs.len(), limits.outputs)?;
+        at_most("number of tokens (SessionOptions::chunk)", self.tokens.len(), limits.tokens)?;
+        at_most(
+            "number of logit rows (SessionOptions::outputs)",
+            self.outputs.len(),
+            limits.outputs,
+        )?;
         for (i, run) in self.runs.iter().enumerate() {
             at_most("slot", run.slot, limits.slots.saturating_sub(1))?;
             let needed = run.position.saturating_add(run.len);

@@ -54,7 +54,8 @@ struct Stored {
 }
 
 impl Checkpoint {
-    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+    /// Opens `model.safetensors`, or, where there is none, the shards that
+    /// `model.safetensors.index.json` names.
     ///
     /// # Errors
     /// [`Error::Missing`], [`Error::Io`], [`Error::Safetensors`], [`Error::Index`], [`Error::Json`].
@@ -63,14 +64,13 @@ impl Checkpoint {
         let mut checkpoint =
             Self { folder: folder.to_owned(), shards: Vec::new(), tensors: HashMap::new() };
         let index = folder.join(INDEX);
-        if let Some(value) = read_json(&index)? {
+        let single = folder.join(SINGLE);
+        if single.is_file() {
+            checkpoint.tensors = checkpoint.map(single)?;
+        } else if let Some(value) = read_json(&index)? {
             checkpoint.open_shards(&index, &value)?;
         } else {
-            let path = folder.join(SINGLE);
-            if !path.is_file() {
-                return Err(missing(folder, "model.safetensors or model.safetensors.index.json"));
-            }
-            checkpoint.tensors = checkpoint.map(path)?;
+            return Err(missing(folder, "model.safetensors or model.safetensors.index.json"));
         }
         Ok(checkpoint)
     }
@@ -186,8 +186,9 @@ impl Checkpoint {
                 used.extend(parts.iter().map(|(name, _)| name.clone()));
             }
         });
-        if layout.lm_head.is_none() {
-            // Some writers repeat a tied head.
+        if layout.lm_head.is_none() && self.same_bytes("lm_head.weight", &layout.embed_tokens.name)
+        {
+            // Some writers repeat a tied head. One that differs is not tied, whatever is said.
             used.insert("lm_head.weight".into());
         }
         unused.retain(|name| !used.contains(name));
@@ -207,6 +208,14 @@ impl Checkpoint {
                 name: first.clone(),
             }),
         }
+    }
+
+    fn same_bytes(&self, a: &str, b: &str) -> bool {
+        let bytes = |name| {
+            let stored: &Stored = self.tensors.get(name)?;
+            Some((stored.dtype, &(*self.shards[stored.shard].bytes).as_ref()[stored.bytes.clone()]))
+        };
+        bytes(a) == bytes(b)
     }
 
     fn lacks(&self, name: &str) -> Error {

@@ -118,7 +118,11 @@ impl Config {
         let hidden_size = field.size_or("hidden_size", 4096)?;
         let vocab_size = field.size_or("vocab_size", 65_536)?;
         let num_attention_heads = field.size_or("num_attention_heads", 32)?;
-        let num_experts = field.size("num_experts")?.unwrap_or(16);
+        let num_experts = match field.size("num_local_experts")? {
+            // Another name for the same; transformers prefers it too.
+            Some(experts) => experts,
+            None => field.size("num_experts")?.unwrap_or(16),
+        };
         let config = Self {
             vocab_size,
             hidden_size,

@@ -21,7 +21,8 @@ mod writer;
 use stops::Stops;
 pub(crate) use writer::Writer;
 
-/// What to generate and when to stop.
+/// What to generate and when to stop. The default is 256 tokens at [`Sampling::default`], which is
+/// the model's own distribution: what the model's authors recommend is [`Sampling::from_folder`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct GenerateOptions {
     /// How tokens are chosen.
@@ -363,6 +364,14 @@ impl<'a> Generator<'a> {
             }
             text.push_str(&piece.text);
         }
+        // Whoever goes on with the session goes on from the text that was returned.
+        if let Some(last) = self.pending()
+            && self.session.position() < self.session.context()
+        {
+            let start = Instant::now();
+            self.session.append(&[last])?;
+            self.usage.generation_time += start.elapsed();
+        }
         // Without an error there is a reason.
         let finish_reason = self.finish_reason.unwrap_or(FinishReason::Length);
         let Self { prompt_ids, prompt_scores: prompt_logprobs, usage, .. } = self;
@@ -410,7 +419,7 @@ impl FusedIterator for Generator<'_> {}
 pub struct Generation {
     /// The prompt, as the session was given it.
     pub prompt_ids: Vec<u32>,
-    /// The generated tokens, the end-of-text token included. The last is not in the session.
+    /// The generated tokens, the end-of-text token included.
     pub ids: Vec<u32>,
     /// What they add to the text of the prompt, special tokens left out, up to a stop string.
     pub text: String,
@@ -427,7 +436,8 @@ pub struct Generation {
 }
 
 /// Appends `prompt` to the session and generates what follows: [`Generator::prompt_text`], then
-/// all pieces.
+/// all pieces. Unlike after a [`Generator`], the session then holds every generated token, the
+/// last one too if there was room for it: a second call goes on from there.
 ///
 /// # Errors
 /// Those of [`Generator::new`], [`Generator::prompt_text`] and [`Session::append`].

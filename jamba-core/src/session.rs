@@ -17,12 +17,14 @@ mod tests;
 
 pub use rewind::Rewound;
 
-/// What a [`Session`] is made for.
+/// What a [`Session`] is made for. The default is a context of 4,096 tokens, chunks of 512 and one
+/// row of logits. Chunks and outputs that are larger than what they are part of are cut to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SessionOptions {
     /// Tokens that the sequence may have at most; the KV cache is allocated for them.
     pub context: usize,
-    /// Tokens of a prompt that are run in one step. More are faster and take more scratch.
+    /// Tokens of a prompt that are run in one step. More are faster, take more scratch, and are
+    /// waited for longer by whoever cancels.
     pub chunk: usize,
     /// Rows of logits that a step may return: 1 to generate, up to `chunk` to score.
     pub outputs: usize,

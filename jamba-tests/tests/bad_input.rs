@@ -117,6 +117,39 @@ fn weights_that_the_configuration_does_not_know() {
     names(&refusal(folder.path()), &["not part of the model", "model.layers.3."]);
 }
 
+/// A head that is said to be tied and is not: either choice would be wrong for somebody.
+#[test]
+fn a_tied_head_that_differs_from_the_embedding() {
+    let tied = |change: &dyn Fn(&mut Vec<u8>)| {
+        let folder = copy(&golden("reasoning-dense"));
+        let path = folder.path().join("model.safetensors");
+        let (mut header, mut data) = open(&path);
+        let embed = header["model.embed_tokens.weight"].clone();
+        let range = |i: usize| embed["data_offsets"][i].as_u64().unwrap() as usize;
+        let mut head = data[range(0)..range(1)].to_vec();
+        change(&mut head);
+        let (start, end) = (data.len(), data.len() + head.len());
+        data.extend(head);
+        header["lm_head.weight"] = embed;
+        header["lm_head.weight"]["data_offsets"] = json!([start, end]);
+        save(&path, &header, &data);
+        folder
+    };
+    load(tied(&|_| ()).path()).unwrap();
+    names(
+        &refusal(tied(&|head| head[5] ^= 1).path()),
+        &["lm_head.weight", "not part of the model"],
+    );
+}
+
+/// As in transformers.
+#[test]
+fn a_single_file_goes_before_an_index() {
+    let folder = copy(&golden("pure-mamba"));
+    fs::write(folder.path().join("model.safetensors.index.json"), "{}").unwrap();
+    load(folder.path()).unwrap();
+}
+
 #[test]
 fn invalid_json() {
     for (file, of) in [
