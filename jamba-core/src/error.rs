@@ -122,6 +122,21 @@ pub enum Error {
         /// Found.
         got: String,
     },
+    /// A weight cannot be quantised.
+    #[error(
+        "tensor `{name}` cannot be quantised: its weight in row {row}, column {column} is {value}, \
+         and only finite ones below 2^126 have a scale (`stored` keeps weights as they are)"
+    )]
+    WeightRange {
+        /// The parameter's name in the checkpoint's terms.
+        name: String,
+        /// Row, all dimensions but the last together.
+        row: usize,
+        /// Column.
+        column: usize,
+        /// The weight.
+        value: f32,
+    },
     /// The tokenizer could not be read or refused its input.
     #[error("tokenizer {}: {reason}", path.display())]
     Tokenizer {

@@ -36,6 +36,7 @@
 //! |---|---|
 //! | [`config`], [`schedule`], [`preset`], [`memory`] | what a model is made of and what it needs |
 //! | [`checkpoint`], [`weights`], [`tensor`], [`random`] | parameters and where they come from |
+//! | [`quant`] | parameters in fewer bits |
 //! | [`backend`], [`shape`], [`batch`] | the contract with a device |
 //! | [`compose`] | the model in operators: each equation's place |
 //! | [`model`], [`session`] | weights, scratch and state together |
@@ -75,6 +76,7 @@ pub mod logprobs;
 pub mod memory;
 pub mod model;
 pub mod preset;
+pub mod quant;
 pub mod random;
 pub mod recording;
 pub mod sampler;
@@ -104,6 +106,7 @@ pub use generate::{
 };
 pub use logprobs::{Scored, TokenLogProb, perplexity, top_log_probs};
 pub use model::{LanguageModel, Model, ModelRunner, Runner};
+pub use quant::{Layout, Packing, Quantized, WeightFormat};
 pub use sampler::{Sampled, Sampler, Sampling, log_prob};
 pub use session::{Rewound, Session, SessionOptions};
 pub use state::Snapshot;

@@ -13,89 +13,22 @@
 //! # Ok::<(), jamba_core::Error>(())
 //! ```
 
-use std::fmt;
-use std::str::FromStr;
-
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::quant::WeightFormat;
 use crate::schedule::Schedule;
-use crate::tensor::Role;
-use crate::weights::{ParamSpec, Weights};
-
-/// How the weights are kept. Vectors, the taps of the convolution and A are f32 in every format.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum WeightFormat {
-    /// 4 bytes an element.
-    F32,
-    /// 2 bytes an element: bfloat16, or binary16.
-    Bf16,
-    /// Experts and dense MLPs in int8 with one f32 scale per output channel, the rest 16 bit
-    /// (ExpertsInt8, arXiv 2408.12570).
-    ExpertsInt8,
-    /// Every linear map in int8 with one f32 scale per output channel; embedding, head and
-    /// router 16 bit.
-    Int8,
-}
-
-impl WeightFormat {
-    /// All formats.
-    pub const ALL: [Self; 4] = [Self::F32, Self::Bf16, Self::ExpertsInt8, Self::Int8];
-
-    /// Its name, as [`FromStr`] takes it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::Bf16 => "bf16",
-            Self::ExpertsInt8 => "experts-int8",
-            Self::Int8 => "int8",
-        }
-    }
-
-    /// Bytes of one parameter in this format, scales included.
-    pub fn bytes(self, param: &ParamSpec) -> u64 {
-        let elements = param.elements();
-        let int8 = match param.role {
-            Role::Vector | Role::Conv | Role::A => return 4 * elements,
-            Role::Experts | Role::Mlp => matches!(self, Self::ExpertsInt8 | Self::Int8),
-            Role::Linear => self == Self::Int8,
-            Role::Embedding | Role::Head | Role::Router => false,
-        };
-        match self {
-            _ if int8 => elements + 4 * output_channels(param),
-            Self::F32 => 4 * elements,
-            Self::Bf16 | Self::ExpertsInt8 | Self::Int8 => 2 * elements,
-        }
-    }
-}
-
-/// Rows of a matrix, of all experts together.
-fn output_channels(param: &ParamSpec) -> u64 {
-    param.shape.split_last().map_or(0, |(_, rows)| rows.iter().map(|&n| n as u64).product())
-}
-
-impl fmt::Display for WeightFormat {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
-}
-
-impl FromStr for WeightFormat {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self> {
-        Self::ALL.into_iter().find(|format| format.name() == name).ok_or_else(|| Error::Option {
-            option: "weight format",
-            value: format!("`{name}`"),
-            allowed: "it must be f32, bf16, experts-int8 or int8",
-        })
-    }
-}
+use crate::tensor::Dtype;
+use crate::weights::Weights;
 
 /// Bytes of all parameters of the model that a valid `config` describes; a tied head counts once.
+///
+/// What the format keeps as stored counts in the dtype that the configuration names, bf16 where it
+/// names none; a checkpoint may store some of it otherwise.
 pub fn weight_bytes(config: &Config, format: WeightFormat) -> u64 {
+    let stored = config.dtype.unwrap_or(Dtype::Bf16);
     let mut bytes = 0;
-    Weights::layout(config).for_each(|param| bytes += format.bytes(param));
+    Weights::layout(config).for_each(|param| {
+        bytes += format.layout(param.role).bytes(param.matrix_shape(), stored);
+    });
     bytes
 }
 
@@ -143,6 +76,7 @@ pub fn sequences_that_fit(
 mod tests {
     use super::*;
     use crate::schedule::ParamCount;
+    use crate::tensor::Role;
 
     const MIB: u64 = 1 << 20;
     const GIB: u64 = 1 << 30;
@@ -228,37 +162,32 @@ mod tests {
             let total = ParamCount::new(&config).total;
             let f32_always = elements(&config, &[Role::Vector, Role::Conv, Role::A]);
             let bytes = WeightFormat::ALL.map(|format| weight_bytes(&config, format));
-            assert_eq!(bytes[0], 4 * total, "{name}");
-            assert_eq!(bytes[1], 2 * total + 2 * f32_always, "{name}");
+            assert_eq!(bytes[0], 2 * total + 2 * f32_always, "{name}");
             assert!(bytes.is_sorted_by(|a, b| a > b), "{name}: {bytes:?}");
+            let stored = Config { dtype: Some(Dtype::F32), ..config };
+            assert_eq!(weight_bytes(&stored, WeightFormat::Stored), 4 * total, "{name}");
+            // Nothing of a model in int4 but the router is as it is stored.
+            let int4 = [&stored, &preset(name)].map(|c| weight_bytes(c, WeightFormat::Int4));
+            assert_eq!(int4[0] - int4[1], 2 * elements(&stored, &[Role::Router]), "{name}");
         }
     }
 
     #[test]
-    fn a_scale_per_output_channel_of_each_expert() {
+    fn a_scale_per_output_channel_or_block_of_each_expert() {
         let config = preset("jamba-tales-11m");
         let mut seen = 0;
         Weights::layout(&config).for_each(|param| {
             if param.name == "model.layers.1.feed_forward.experts.gate_up_proj" {
                 seen += 1;
                 let (experts, rows, cols) = (16, 2 * 128, 256);
-                let expected = experts * rows * (cols + 4);
-                assert_eq!(WeightFormat::ExpertsInt8.bytes(param), expected);
-                assert_eq!(WeightFormat::Int8.bytes(param), expected);
-                assert_eq!(WeightFormat::Bf16.bytes(param), experts * rows * cols * 2);
+                let bytes = WeightFormat::ALL.map(|format| {
+                    format.layout(param.role).bytes(param.matrix_shape(), Dtype::Bf16)
+                });
+                let of_row = [cols * 2, cols + 4, cols + cols / 32 * 2, cols / 2 + cols / 32 * 2];
+                assert_eq!(bytes, of_row.map(|bytes| experts * rows * bytes));
             }
         });
         assert_eq!(seen, 1);
-    }
-
-    #[test]
-    fn names_lead_back_to_formats() {
-        for format in WeightFormat::ALL {
-            assert_eq!(format.to_string().parse::<WeightFormat>().unwrap(), format);
-        }
-        let message = "q4".parse::<WeightFormat>().unwrap_err().to_string();
-        assert!(WeightFormat::ALL.iter().all(|f| message.contains(f.name())), "{message}");
-        assert!(message.contains("`q4`"), "{message}");
     }
 
     #[test]
@@ -296,7 +225,8 @@ mod tests {
             ..preset("jamba-v0.1")
         };
         config.validate().unwrap();
-        let bytes = weight_bytes(&config, WeightFormat::F32);
+        let config = Config { dtype: Some(Dtype::F32), ..config };
+        let bytes = weight_bytes(&config, WeightFormat::Stored);
         assert_eq!(bytes, 4 * ParamCount::new(&config).total);
         assert!(bytes > 1 << 61);
         assert_eq!(kv_bytes(&config, usize::MAX, usize::MAX), u64::MAX);

@@ -43,9 +43,12 @@ impl ParamSource for RandomParams {
             Role::Conv => vector(&|r, _| fan_in * r.normal()),
             Role::A => vector(&|r, i| -((i % cols + 1) as f32) * (1.0 + 0.1 * r.normal())),
             Role::Embedding => self.matrix(&mut random, spec, 1.0),
-            Role::Head | Role::Linear | Role::Router | Role::Experts | Role::Mlp => {
-                self.matrix(&mut random, spec, fan_in)
-            }
+            Role::Head
+            | Role::Linear
+            | Role::Selection
+            | Role::Router
+            | Role::Experts
+            | Role::Mlp => self.matrix(&mut random, spec, fan_in),
         };
         Ok(Param::new(spec.name.clone(), spec.role, tensor))
     }

@@ -120,6 +120,31 @@ impl HostTensor {
             Dtype::Bf16 => halves(bytes, |bits| bf16::from_bits(bits).to_f32()),
         }
     }
+
+    /// The elements from number `start` on as f32, as many as fit.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub fn read_f32(&self, start: usize, to: &mut [f32]) {
+        let size = self.dtype.size();
+        let bytes = &self.bytes()[start * size..(start + to.len()) * size];
+        let halves = bytes.as_chunks().0.iter().map(|b| u16::from_le_bytes(*b));
+        match self.dtype {
+            Dtype::F32 => {
+                let values = bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b));
+                to.iter_mut().zip(values).for_each(|(to, v)| *to = v);
+            }
+            Dtype::F16 => {
+                to.iter_mut().zip(halves).for_each(|(to, b)| *to = f16::from_bits(b).to_f32());
+            }
+            // Without the look at NaN of `to_f32`, whose bits may change: a loop of vectors.
+            Dtype::Bf16 => {
+                to.iter_mut()
+                    .zip(halves)
+                    .for_each(|(to, b)| *to = f32::from_bits(u32::from(b) << 16));
+            }
+        }
+    }
 }
 
 fn halves(bytes: &[u8], widen: impl Fn(u16) -> f32) -> Cow<'static, [f32]> {
@@ -141,6 +166,9 @@ pub enum Role {
     Head,
     /// A matrix of [`Backend::linear`](crate::Backend::linear).
     Linear,
+    /// `x_proj` or `dt_proj`: what makes dt, B and C of x (the selection of arXiv 2312.00752).
+    /// Matrices of `linear` too, but small, and dt stands in an exponent.
+    Selection,
     /// The router's matrix.
     Router,
     /// Matrices of the experts, stacked.

@@ -153,6 +153,12 @@ impl ParamSpec {
     pub fn elements(&self) -> u64 {
         self.shape.iter().map(|&n| n as u64).product()
     }
+
+    /// The shape as a matrix: all dimensions but the last are rows; a vector is one row.
+    pub fn matrix_shape(&self) -> [u64; 2] {
+        let cols = self.shape.last().map_or(1, |&n| n as u64);
+        [self.elements().checked_div(cols).unwrap_or(0), cols]
+    }
 }
 
 impl Weights<ParamSpec> {
@@ -208,6 +214,7 @@ fn mamba(config: &Config, prefix: &str) -> Mamba<ParamSpec> {
     let spec =
         |name: &str, role, shape: &[usize]| ParamSpec::new(format!("{prefix}.{name}"), role, shape);
     let linear = |name, shape| spec(name, Role::Linear, shape);
+    let selection = |name, shape| spec(name, Role::Selection, shape);
     let vector = |name, len| spec(name, Role::Vector, &[len]);
     let proj_bias = |name, len| config.mamba_proj_bias.then(|| vector(name, len));
     Mamba {
@@ -216,11 +223,11 @@ fn mamba(config: &Config, prefix: &str) -> Mamba<ParamSpec> {
         conv1d: spec("conv1d.weight", Role::Conv, &[d_inner, d_conv])
             .from(Source::Stored(vec![d_inner, 1, d_conv])),
         conv1d_bias: config.mamba_conv_bias.then(|| vector("conv1d.bias", d_inner)),
-        x_proj: linear("x_proj.weight", &[dt_rank + 2 * d_state, d_inner]),
+        x_proj: selection("x_proj.weight", &[dt_rank + 2 * d_state, d_inner]),
         dt_layernorm: vector("dt_layernorm.weight", dt_rank),
         b_layernorm: vector("b_layernorm.weight", d_state),
         c_layernorm: vector("c_layernorm.weight", d_state),
-        dt_proj: linear("dt_proj.weight", &[d_inner, dt_rank]),
+        dt_proj: selection("dt_proj.weight", &[d_inner, dt_rank]),
         dt_bias: vector("dt_proj.bias", d_inner),
         a: spec("A", Role::A, &[d_inner, d_state]).from(Source::NegExp(format!("{prefix}.A_log"))),
         d: vector("D", d_inner),

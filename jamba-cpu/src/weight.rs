@@ -59,6 +59,7 @@ impl Weight {
             Role::Embedding
             | Role::Head
             | Role::Linear
+            | Role::Selection
             | Role::Router
             | Role::Experts
             | Role::Mlp => {
