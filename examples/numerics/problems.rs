@@ -8,9 +8,9 @@ use clap::Parser;
 use jamba_core::recording::Recording;
 use jamba_core::{Error, Result};
 use jamba_examples::run;
-use jamba_tests::Precision;
 use jamba_tests::oracle::OracleBackend;
 use jamba_tests::problem::{AnyProblem, NAMES, example};
+use jamba_tests::{Numbers, Precision};
 
 /// Writes the inputs (`in.NAME`) and what an f64 oracle computes from them (`out.NAME`) of one
 /// problem to a safetensors file (F32).
@@ -45,9 +45,10 @@ fn main() -> ExitCode {
 
 fn problems(args: &Args) -> Result<()> {
     let precision = if args.bf16 { Precision::Bf16 } else { Precision::F32 };
+    let numbers = Numbers::from(precision);
     let (Some(op), Some(output)) = (&args.op, &args.output) else {
         for name in NAMES {
-            println!("{name}\n  {}", example(name, precision, 0).expect("one of its names"));
+            println!("{name}\n  {}", example(name, &numbers, 0).expect("one of its names"));
         }
         return Ok(());
     };
@@ -56,7 +57,7 @@ fn problems(args: &Args) -> Result<()> {
         Some(line) => line
             .parse()
             .map_err(|error| wrong("case", &format!("{line} ({error})"), "one line of JSON"))?,
-        None => example(op, precision, args.seed).ok_or_else(unknown)?,
+        None => example(op, &numbers, args.seed).ok_or_else(unknown)?,
     };
     if problem.name() != op {
         return Err(wrong("case", problem.name(), "it must be of the operator that --op names"));

@@ -68,6 +68,7 @@ pub mod beam;
 pub mod checkpoint;
 pub mod compose;
 pub mod config;
+mod delegate;
 pub mod engine;
 pub mod error;
 pub mod fingerprint;

@@ -1,15 +1,13 @@
 //! Named activations of every step, for whoever checks numerics.
 
 use std::fmt;
-use std::ops::Range;
 use std::sync::Mutex;
 
-use crate::backend::{Backend, CausalConv1d, Cols, Limits, Scratch, SelectiveScan, StatePart};
-use crate::batch::Batch;
+use crate::backend::{Backend, Cols, Scratch};
 use crate::compose;
 use crate::config::Config;
+use crate::delegate_backend;
 use crate::error::Result;
-use crate::tensor::Param;
 use crate::weights::{Attention, Mamba, Mlp, Moe};
 
 /// Name of an activation: `embed`, `layers.3.mamba.scan`, `logits`, ...
@@ -72,113 +70,12 @@ impl<'a, B: Backend> Traced<'a, B> {
     }
 }
 
-macro_rules! delegate {
-    ($(fn $name:ident($($arg:ident: $ty:ty),* $(,)?) -> $out:ty;)*) => {
-        $(fn $name(&self, $($arg: $ty),*) -> $out {
-            self.inner.$name($($arg),*)
-        })*
-    };
-}
-
 impl<B: Backend> Backend for Traced<'_, B> {
     type Tensor = B::Tensor;
     type Weight = B::Weight;
     type State = B::State;
 
-    delegate! {
-        fn name() -> &'static str;
-        fn upload(param: Param) -> Result<B::Weight>;
-        fn alloc(rows: usize, cols: usize) -> Result<B::Tensor>;
-        fn write(dst: &mut B::Tensor, src: &[f32]) -> Result<()>;
-        fn read(src: Cols<'_, B::Tensor>) -> Result<Vec<f32>>;
-        fn shape(tensor: &B::Tensor) -> [usize; 2];
-        fn new_state(config: &Config, limits: &Limits) -> Result<B::State>;
-        fn reset_slot(state: &mut B::State, slot: usize) -> Result<()>;
-        fn read_state(
-            state: &B::State,
-            layer: usize,
-            part: StatePart,
-            slot: usize,
-            positions: usize,
-        ) -> Result<Vec<f32>>;
-        fn write_state(
-            state: &mut B::State,
-            layer: usize,
-            part: StatePart,
-            slot: usize,
-            positions: usize,
-            values: &[f32],
-        ) -> Result<()>;
-        fn read_positions(
-            config: &Config,
-            state: &B::State,
-            layer: usize,
-            part: StatePart,
-            slot: usize,
-            positions: Range<usize>,
-        ) -> Result<Vec<f32>>;
-        fn write_positions(
-            config: &Config,
-            state: &mut B::State,
-            layer: usize,
-            part: StatePart,
-            slot: usize,
-            positions: Range<usize>,
-            values: &[f32],
-        ) -> Result<()>;
-        fn copy_slot(
-            config: &Config,
-            state: &mut B::State,
-            from: usize,
-            to: usize,
-            positions: usize,
-        ) -> Result<()>;
-        fn sequence_bytes(config: &Config, positions: usize) -> u64;
-        fn is_chunk_invariant() -> bool;
-        fn stage(state: &mut B::State, batch: &Batch) -> Result<()>;
-        fn embed(table: &B::Weight, state: &B::State, out: &mut B::Tensor) -> Result<()>;
-        fn linear(
-            x: Cols<'_, B::Tensor>,
-            weight: &B::Weight,
-            bias: Option<&B::Weight>,
-            out: &mut B::Tensor,
-        ) -> Result<()>;
-        fn rms_norm(x: &B::Tensor, weight: &B::Weight, eps: f32, out: &mut B::Tensor) -> Result<()>;
-        fn rms_norm_cols(
-            x: &mut B::Tensor,
-            cols: Range<usize>,
-            weight: &B::Weight,
-            eps: f32,
-        ) -> Result<()>;
-        fn add_assign(x: &mut B::Tensor, y: &B::Tensor) -> Result<()>;
-        fn silu_mul(gate_up: &B::Tensor, out: &mut B::Tensor) -> Result<()>;
-        fn causal_conv1d(
-            args: CausalConv1d<'_, B::Tensor, B::Weight>,
-            layer: usize,
-            state: &mut B::State,
-            out: &mut B::Tensor,
-        ) -> Result<()>;
-        fn selective_scan(
-            args: SelectiveScan<'_, B::Tensor, B::Weight>,
-            layer: usize,
-            state: &mut B::State,
-            y: &mut B::Tensor,
-        ) -> Result<()>;
-        fn attention(
-            qkv: &B::Tensor,
-            layer: usize,
-            state: &mut B::State,
-            out: &mut B::Tensor,
-        ) -> Result<()>;
-        fn moe_experts(
-            x: &B::Tensor,
-            router_logits: &B::Tensor,
-            weights: &Moe<B::Weight>,
-            top_k: usize,
-            out: &mut B::Tensor,
-        ) -> Result<()>;
-        fn output_rows(x: &B::Tensor, state: &B::State, out: &mut B::Tensor) -> Result<()>;
-    }
+    delegate_backend!(|this| *this.inner; operators);
 
     fn mamba_mixer(
         &self,

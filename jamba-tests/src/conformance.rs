@@ -5,6 +5,7 @@ mod run;
 mod support;
 
 use std::fmt;
+use std::str::FromStr;
 
 use jamba_core::Backend;
 
@@ -59,6 +60,12 @@ pub struct Passed {
     pub unsupported: usize,
 }
 
+impl fmt::Display for Passed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} executed, {} not supported", self.executed, self.unsupported)
+    }
+}
+
 /// Why a case did not pass: every tensor that is off, and the line that replays it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure(pub(crate) String);
@@ -71,19 +78,32 @@ impl fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
-/// Runs one of [`cases`], given as it is displayed: for test harnesses that are not made by
-/// [`conformance!`](crate::conformance!).
-///
-/// # Errors
-/// What is wrong, in full.
-pub fn check<B: Backend + Send + Sync + 'static>(
-    case: &str,
-    make: &dyn Fn() -> B,
-    support: &Support,
-) -> Result<Passed, Failure> {
-    let found = cases().into_iter().find(|c| c.to_string() == case);
-    let found = found.ok_or_else(|| Failure(format!("there is no case `{case}`")))?;
-    run::check(&found, make, support)
+impl FromStr for Case {
+    type Err = Failure;
+
+    /// One of [`cases`], as it is displayed.
+    fn from_str(name: &str) -> Result<Self, Failure> {
+        let found = cases().into_iter().find(|case| case.to_string() == name);
+        found.ok_or_else(|| Failure(format!("there is no case `{name}`")))
+    }
+}
+
+impl Case {
+    /// Runs the case: what the tests of [`conformance!`](crate::conformance!) do, for test
+    /// harnesses that are made at run time.
+    ///
+    /// A backend that is costly to make is shared by the cases as `Arc<B>`, which is a [`Backend`]
+    /// as well. It may be used by as many threads as the harness runs tests in.
+    ///
+    /// # Errors
+    /// What is wrong, in full.
+    pub fn check<B: Backend + Send + Sync + 'static>(
+        &self,
+        backend: B,
+        support: &Support,
+    ) -> Result<Passed, Failure> {
+        run::check(self, backend, support)
+    }
 }
 
 /// What a backend passes of all cases and what it does not do, as a table.
@@ -118,8 +138,10 @@ pub fn summary(support: &Support) -> Result<String, Failure> {
 /// Expands to a module `conformance` with one `#[test]` for each of [`cases`](crate::cases), and
 /// one that prints the numbers run and not supported.
 ///
-/// The first operand is an expression that makes the backend, evaluated by every test; the
-/// second, if there is one, an expression of type [`Support`](crate::Support).
+/// The first operand is an expression that makes the backend, evaluated by every test, in which `?`
+/// may be used; the second, if there is one, an expression of type [`Support`](crate::Support).
+/// (A `#[test]` cannot say at run time that it was not run: tests of a device that may be absent
+/// are made with [`cases`](crate::cases) and a harness that can.)
 #[macro_export]
 macro_rules! conformance {
     ($backend:expr) => {
@@ -129,9 +151,12 @@ macro_rules! conformance {
         mod conformance {
             use super::*;
 
-            fn run(case: &str) {
-                match $crate::check(case, &|| $backend, &$support) {
-                    Ok(passed) => println!("{case}: {passed:?}"),
+            fn run(name: &str) {
+                let case: $crate::Case = name.parse().unwrap_or_else(|e| panic!("{e}"));
+                let make = || -> $crate::__Result<_> { Ok($backend) };
+                let backend = make().unwrap_or_else(|e| panic!("there is no backend: {e}"));
+                match case.check(backend, &$support) {
+                    Ok(passed) => println!("{case}: {passed}"),
                     Err(failure) => panic!("{failure}"),
                 }
             }

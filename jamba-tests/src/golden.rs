@@ -29,9 +29,14 @@ pub struct Golden {
     pub expected: Recording,
 }
 
-/// The folder of a golden configuration.
+/// The folder of a golden configuration: in this crate, or in `$JAMBA_GOLDEN` for tests that run on
+/// another machine than they were built on.
 pub fn folder(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(name)
+    let all = match std::env::var_os("JAMBA_GOLDEN") {
+        Some(folder) => folder.into(),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("golden"),
+    };
+    all.join(name)
 }
 
 impl Golden {

@@ -30,5 +30,8 @@ pub mod tolerance;
 mod random;
 mod wrap;
 
-pub use conformance::{Case, Failure, Passed, Support, cases, check};
-pub use precision::{Format, Precision};
+#[doc(hidden)]
+pub use jamba_core::Result as __Result;
+
+pub use conformance::{Case, Failure, Passed, Support, cases};
+pub use precision::{Format, Numbers, Precision};

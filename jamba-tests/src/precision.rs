@@ -1,7 +1,7 @@
 //! Number formats: of a backend's activations, and of stored weights.
 
 use half::{bf16, f16};
-use jamba_core::{Dtype, HostTensor};
+use jamba_core::{Dtype, HostTensor, Role};
 use serde::{Deserialize, Serialize};
 
 /// The precision in which a backend keeps activations, convolution states and the KV cache. (The
@@ -35,7 +35,15 @@ impl std::fmt::Display for Precision {
     }
 }
 
-/// Element type in which matrices are stored.
+/// Format in which matrices are kept: the values that a weight can have.
+///
+/// The weights of a problem have, before anyone sees them, the values that their format can hold:
+/// a backend that keeps them in it, and the oracle, which computes from them in f64, start from
+/// the same numbers. A tolerance is therefore about the rounding of activations only.
+///
+/// To add a format: a variant, what [`round`](Self::round) makes of the values of each [`Role`],
+/// the [`dtype`](Self::dtype) that carries them to a backend, and its rows in
+/// [`TABLE`](crate::tolerance::TABLE).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
@@ -47,11 +55,40 @@ pub enum Format {
     Bf16,
 }
 
+impl std::fmt::Display for Format {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+        })
+    }
+}
+
+/// What numbers a backend holds: what problems are drawn from, and what decides the tolerance.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Numbers {
+    /// Of activations.
+    pub precision: Precision,
+    /// Of matrices: those that problems have.
+    pub formats: Vec<Format>,
+}
+
+impl From<Precision> for Numbers {
+    /// Matrices as they are stored, in any dtype of a checkpoint.
+    fn from(precision: Precision) -> Self {
+        Self { precision, formats: Format::STORED.to_vec() }
+    }
+}
+
 impl Format {
     /// All of them.
     pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::Bf16];
 
-    /// The dtype of stored tensors.
+    /// The dtypes of checkpoints: what a backend without a format of its own keeps.
+    pub const STORED: [Self; 3] = [Self::F32, Self::F16, Self::Bf16];
+
+    /// The dtype of the tensors that a backend is given: one that holds the values of the format.
     pub fn dtype(self) -> Dtype {
         match self {
             Self::F32 => Dtype::F32,
@@ -60,12 +97,17 @@ impl Format {
         }
     }
 
-    /// The nearest value that can be stored.
-    pub fn round(self, v: f32) -> f32 {
+    /// Makes of the values of a matrix, row-major in rows of `cols`, the nearest that it can have
+    /// in this format; `role` tells which matrix it is, for formats that are not of all of them.
+    ///
+    /// Rounding twice is rounding once: a backend finds the same values again.
+    pub fn round(self, role: Role, cols: usize, values: &mut [f32]) {
+        // Of formats that share a scale among the values of a row or a block.
+        let _ = (role, cols);
         match self {
-            Self::F32 => v,
-            Self::F16 => f16::from_f32(v).to_f32(),
-            Self::Bf16 => bf16::from_f32(v).to_f32(),
+            Self::F32 => {}
+            Self::F16 => values.iter_mut().for_each(|v| *v = f16::from_f32(*v).to_f32()),
+            Self::Bf16 => values.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32()),
         }
     }
 
@@ -75,10 +117,36 @@ impl Format {
             let bits = values.iter().map(|&v| bits(v)).collect();
             HostTensor::from_halves(self.dtype(), shape.clone(), bits)
         };
-        match self {
-            Self::F32 => HostTensor::from_f32(shape, values.to_vec()),
-            Self::F16 => halves(|v| f16::from_f32(v).to_bits()),
-            Self::Bf16 => halves(|v| bf16::from_f32(v).to_bits()),
+        match self.dtype() {
+            Dtype::F32 => HostTensor::from_f32(shape, values.to_vec()),
+            Dtype::F16 => halves(|v| f16::from_f32(v).to_bits()),
+            Dtype::Bf16 => halves(|v| bf16::from_f32(v).to_bits()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::Random;
+
+    #[test]
+    fn rounding_twice_is_rounding_once() {
+        for format in Format::ALL {
+            for role in [Role::Embedding, Role::Head, Role::Linear, Role::Router, Role::Experts] {
+                for cols in [1, 3, 32, 33, 100] {
+                    let mut random = Random::new(7, "weights");
+                    let mut once: Vec<f32> = (0..7 * cols).map(|_| random.normal()).collect();
+                    format.round(role, cols, &mut once);
+                    let mut twice = once.clone();
+                    format.round(role, cols, &mut twice);
+                    let off =
+                        once.iter().zip(&twice).find(|(a, b)| (*a - *b).abs() > 2e-7 * a.abs());
+                    assert_eq!(off, None, "{format:?} of {role:?}, {cols} columns");
+                    let stored = format.store(vec![7, cols], &once);
+                    assert_eq!(*stored.to_f32(), once, "{format:?} is not held by its dtype");
+                }
+            }
         }
     }
 }

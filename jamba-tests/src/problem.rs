@@ -30,15 +30,20 @@ use proptest::strategy::{BoxedStrategy, Strategy, ValueTree};
 use proptest::test_runner::{Config as ProptestConfig, RngAlgorithm, TestRng, TestRunner};
 use serde::{Deserialize, Serialize};
 
-use crate::precision::Precision;
+use crate::precision::{Format, Numbers};
 use crate::random::Random;
 use crate::wrap::Composed;
 
 /// One operator or block with sizes and a seed.
 pub trait Problem: Clone + fmt::Debug + 'static {
     /// Sizes small and odd, and those of published models cut in one dimension, for backends
-    /// that keep activations in `precision`.
-    fn strategy(precision: Precision) -> BoxedStrategy<Self>;
+    /// that hold such numbers.
+    fn strategy(numbers: &Numbers) -> BoxedStrategy<Self>;
+
+    /// The format of its matrices; any, where it has none.
+    fn format(&self) -> Format {
+        Format::F32
+    }
 
     /// Everything that the operator reads, by name: activations, weights as f32, states.
     fn inputs(&self) -> Recording;
@@ -75,12 +80,19 @@ macro_rules! problems {
             }
 
             /// Problems of this name; `None` if there is no such operator or block.
-            pub fn strategy_of(name: &str, precision: Precision) -> Option<BoxedStrategy<Self>> {
+            pub fn strategy_of(name: &str, numbers: &Numbers) -> Option<BoxedStrategy<Self>> {
                 match name {
                     $(stringify!($stem) => {
-                        Some($stem::$variant::strategy(precision).prop_map(Self::$variant).boxed())
+                        Some($stem::$variant::strategy(numbers).prop_map(Self::$variant).boxed())
                     })*
                     _ => None,
+                }
+            }
+
+            /// [`Problem::format`].
+            pub fn format(&self) -> Format {
+                match self {
+                    $(Self::$variant(problem) => problem.format(),)*
                 }
             }
 
@@ -141,8 +153,8 @@ impl AnyProblem {
 }
 
 /// A problem of this name at random; `None` if there is no such operator or block.
-pub fn example(name: &str, precision: Precision, seed: u64) -> Option<AnyProblem> {
-    let strategy = AnyProblem::strategy_of(name, precision)?;
+pub fn example(name: &str, numbers: &Numbers, seed: u64) -> Option<AnyProblem> {
+    let strategy = AnyProblem::strategy_of(name, numbers)?;
     let mut random = Random::new(seed, name);
     let bytes: Vec<u8> = (0..32).map(|_| random.below(256) as u8).collect();
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);

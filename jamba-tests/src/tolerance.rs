@@ -7,8 +7,8 @@
 
 use std::fmt::Write;
 
-use crate::precision::Precision;
 use crate::precision::Precision::{Bf16, F32};
+use crate::precision::{Format, Precision};
 
 /// How far a tensor may be from what it is compared with.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -21,14 +21,6 @@ pub struct Tolerance {
     pub reason: &'static str,
 }
 
-/// How a backend holds the weights of matrices.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Weights {
-    /// With the values that are stored, in whatever layout: F32, F16 or BF16 in the checkpoint.
-    Stored,
-}
-
 /// One row of the table.
 #[derive(Clone, Copy, Debug)]
 pub struct Row {
@@ -36,8 +28,9 @@ pub struct Row {
     pub what: &'static [&'static str],
     /// Precision of the backend's activations.
     pub precision: Precision,
-    /// How it holds the weights.
-    pub weights: Weights,
+    /// Formats of the weights. The oracle computes from what a format makes of them: the bounds
+    /// need another row only where a backend rounds activations, or sums, differently for it.
+    pub formats: &'static [Format],
     /// The bounds.
     pub tolerance: Tolerance,
 }
@@ -50,7 +43,7 @@ const fn row(
     reason: &'static str,
 ) -> Row {
     let tolerance = Tolerance { element, rms, reason };
-    Row { what, precision, weights: Weights::Stored, tolerance }
+    Row { what, precision, formats: &Format::STORED, tolerance }
 }
 
 /// Largest relative error of one rounding to bf16, which has 8 significant bits.
@@ -174,14 +167,21 @@ pub const TABLE: &[Row] = &[
     ),
 ];
 
+impl Row {
+    fn is_of(&self, what: &str, precision: Precision, format: Format) -> bool {
+        self.precision == precision && self.what.contains(&what) && self.formats.contains(&format)
+    }
+}
+
 /// The tolerance of an operator, a block, or `fused`, `law`, `lockstep` or `golden`, on a backend
-/// of this precision with stored weights.
+/// of this precision with weights in this format.
 ///
 /// # Panics
 /// If the table has no such row.
-pub fn tolerance(what: &str, precision: Precision) -> &'static Tolerance {
-    let row = TABLE.iter().find(|row| row.precision == precision && row.what.contains(&what));
-    &row.unwrap_or_else(|| panic!("no tolerance of {what} in {precision}")).tolerance
+pub fn tolerance(what: &str, precision: Precision, format: Format) -> &'static Tolerance {
+    let row = TABLE.iter().find(|row| row.is_of(what, precision, format));
+    let row = row.unwrap_or_else(|| panic!("no tolerance of {what} in {precision}, {format}"));
+    &row.tolerance
 }
 
 /// The table in Markdown.
@@ -189,10 +189,11 @@ pub fn markdown() -> String {
     let mut text = String::from(
         "| What | Activations | Weights | Element | RMS | Reason |\n|---|---|---|---|---|---|\n",
     );
-    for Row { what, precision, weights, tolerance: t } in TABLE {
+    for Row { what, precision, formats, tolerance: t } in TABLE {
         let what = what.iter().map(|w| format!("`{w}`")).collect::<Vec<_>>().join(", ");
-        let weights = match weights {
-            Weights::Stored => "stored",
+        let weights = match formats {
+            formats if **formats == Format::STORED => "stored".to_owned(),
+            formats => formats.iter().map(Format::to_string).collect::<Vec<_>>().join(", "),
         };
         let _ = writeln!(
             text,
@@ -209,11 +210,11 @@ mod tests {
     use crate::problem::NAMES;
 
     #[test]
-    fn every_comparison_has_one_row_in_each_precision() {
-        for precision in [F32, Bf16] {
+    fn every_comparison_has_one_row_in_each_precision_and_format() {
+        for (precision, format) in [F32, Bf16].map(|p| Format::ALL.map(|f| (p, f))).concat() {
             for what in NAMES.iter().chain(&["fused", "law", "lockstep", "golden"]) {
-                let of = |row: &&Row| row.precision == precision && row.what.contains(what);
-                assert_eq!(TABLE.iter().filter(of).count(), 1, "{what} in {precision}");
+                let of = |row: &&Row| row.is_of(what, precision, format);
+                assert_eq!(TABLE.iter().filter(of).count(), 1, "{what}, {precision}, {format}");
             }
         }
     }

@@ -1,7 +1,7 @@
 //! The CPU backend on every instruction set: `avx512::problem::selective_scan` and the like.
 
 use jamba_cpu::CpuBackend;
-use jamba_tests::{Support, cases, check};
+use jamba_tests::{Support, cases};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 /// Best first, as [`CpuBackend::all`] has them.
@@ -14,8 +14,7 @@ fn main() {
         for case in cases() {
             let trial = Trial::test(format!("{isa}::{case}"), move || {
                 let backend = backend.ok_or("this machine does not have the instruction set")?;
-                let support = Support::default().chunking_exact().batch_exact();
-                check(&case.to_string(), &|| backend, &support).map_err(Failed::from)?;
+                case.check(backend, &Support::default()).map_err(Failed::from)?;
                 Ok(())
             });
             // Shown as ignored, never as passed, where it cannot run.

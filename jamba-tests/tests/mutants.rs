@@ -2,18 +2,17 @@
 
 use jamba_cpu::CpuBackend;
 use jamba_tests::mutant::{Bug, Mutant};
-use jamba_tests::{Precision, Support, cases, check};
+use jamba_tests::{Case, Precision, Support, cases};
 
 /// The cases that a backend with this bug fails.
 fn caught_by(bug: Option<Bug>, support: &Support) -> Vec<String> {
     // Every failing run panics inside the kit, or reports; neither is news here.
-    let fails =
-        |case: &String| check(case, &|| Mutant::new(CpuBackend::new(), bug), support).is_err();
-    cases().iter().map(ToString::to_string).filter(fails).collect()
+    let fails = |case: &Case| case.check(Mutant::new(CpuBackend::new(), bug), support).is_err();
+    cases().into_iter().filter(fails).map(|case| case.to_string()).collect()
 }
 
 fn support() -> Support {
-    Support::default().chunking_exact().batch_exact().cases(24).shrink(0)
+    Support::default().cases(24).shrink(0)
 }
 
 /// The bug is caught by at least these cases.

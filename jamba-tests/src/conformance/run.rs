@@ -2,6 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 use jamba_core::recording::Recording;
 use jamba_core::trace::Detail;
@@ -16,7 +17,7 @@ use crate::golden::Golden;
 use crate::laws::{self, Law, Relation};
 use crate::lockstep::models;
 use crate::oracle::OracleBackend;
-use crate::precision::Format;
+use crate::precision::{Format, Numbers};
 use crate::problem::{AnyProblem, BLOCKS};
 use crate::random::Random;
 use crate::tolerance::{Tolerance, tolerance};
@@ -45,12 +46,12 @@ type Outcome = Result<(), Trouble>;
 
 pub(super) fn check<B: Backend + Send + Sync + 'static>(
     case: &Case,
-    make: &dyn Fn() -> B,
+    backend: B,
     support: &Support,
 ) -> Result<Passed, Failure> {
-    let check = Check { case, make, support };
+    let check = Check { case, backend: Arc::new(backend), support };
     match case.group {
-        "lockstep" => check.runs(&Format::ALL[..], |format| check.lockstep(*format)),
+        "lockstep" => check.runs(&support.numbers.formats, |format| check.lockstep(*format)),
         "golden" => check.runs(&CHUNKS[..], |chunk| check.golden(*chunk)),
         _ => check.instances(),
     }
@@ -58,7 +59,8 @@ pub(super) fn check<B: Backend + Send + Sync + 'static>(
 
 struct Check<'a, B> {
     case: &'a Case,
-    make: &'a dyn Fn() -> B,
+    /// Models are made of it, one after the other.
+    backend: Arc<B>,
     support: &'a Support,
 }
 
@@ -111,17 +113,16 @@ impl<B: Backend + Send + Sync + 'static> Check<'_, B> {
     }
 
     fn title(&self) -> String {
-        format!("{} of the {} backend", self.case, (self.make)().name())
+        format!("{} of the {} backend", self.case, self.backend.name())
     }
 
     /// The regressions, then as many random problems as are due.
     fn instances(&self) -> Result<Passed, Failure> {
-        let backend = (self.make)();
         let passed = RefCell::new(Passed::default());
         let run = |instance: &Instance| -> Result<(), String> {
             let case = self.case.to_string();
             let refused = self.refused().or_else(|| self.support.refusal(&case, instance));
-            let outcome = guard(|| self.instance(&backend, instance));
+            let outcome = guard(|| self.instance(instance));
             self.judge(outcome, refused, &mut passed.borrow_mut())
         };
         let failed = |instance: &Instance, text: &str, origin: &str| {
@@ -190,7 +191,7 @@ impl<B: Backend + Send + Sync + 'static> Check<'_, B> {
         let asked = std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok());
         let cases = asked.or(self.support.cases).unwrap_or(CASES).max(1);
         let of = |name: &str| {
-            AnyProblem::strategy_of(name, self.support.precision).expect("a problem of this name")
+            AnyProblem::strategy_of(name, &self.support.numbers).expect("a problem of this name")
         };
         let name = self.case.name.clone();
         if self.case.group == "law" {
@@ -213,30 +214,28 @@ impl<B: Backend + Send + Sync + 'static> Check<'_, B> {
         vec![(name, strategy, cases.div_ceil(share))]
     }
 
-    fn instance(&self, b: &B, instance: &Instance) -> Outcome {
+    fn instance(&self, instance: &Instance) -> Outcome {
+        let (b, format) = (&self.backend, instance.problem().format());
         match instance {
             Instance::Problem(problem) if self.case.group == "fused" => {
-                let (got, expected) = (problem.run(b)?, problem.run_composed(b)?);
-                self.close(&got, &expected, "fused", "against its composition")
+                let (got, expected) = (problem.run(&**b)?, problem.run_composed(&**b)?);
+                self.close(&got, &expected, ("fused", format), "against its composition")
             }
             Instance::Problem(problem) => {
-                let got = problem.run(b)?;
+                let got = problem.run(&**b)?;
                 let expected = problem.run(&OracleBackend)?;
-                self.close(&got, &expected, problem.name(), "against the oracle")
+                self.close(&got, &expected, (problem.name(), format), "against the oracle")
             }
             Instance::Law { law, plan, problem } => {
                 let law = Law::ALL.iter().find(|(name, _)| name == law);
                 let law = law.ok_or_else(|| Trouble::Wrong("there is no such law".into()))?.1;
-                self.law(law, laws::run(law, problem, *plan, b)?)
+                self.law(laws::run(law, problem, *plan, &**b)?, format)
             }
         }
     }
 
-    fn law(&self, law: Law, comparisons: Vec<laws::Comparison>) -> Outcome {
-        let claimed = match law {
-            Law::Chunking => self.support.chunking_exact,
-            _ => self.support.batch_exact,
-        };
+    fn law(&self, comparisons: Vec<laws::Comparison>, format: Format) -> Outcome {
+        let claimed = self.backend.is_chunk_invariant();
         for laws::Comparison { what, got, expected, relation } in comparisons {
             let exact = relation == Relation::Bits || (relation == Relation::Same && claimed);
             match relation {
@@ -253,29 +252,34 @@ impl<B: Backend + Send + Sync + 'static> Check<'_, B> {
                     let off: String = off.map(|d| format!("  {d}\n")).collect();
                     return Err(Trouble::Wrong(format!("{what}: not the same bits\n{off}")));
                 }
-                _ => self.close(&got, &expected, "law", what)?,
+                _ => self.close(&got, &expected, ("law", format), what)?,
             }
         }
         Ok(())
     }
 
-    fn close(&self, got: &Recording, expected: &Recording, row: &str, what: &str) -> Outcome {
-        let tolerance = tolerance(row, self.support.precision);
+    fn close(
+        &self,
+        got: &Recording,
+        expected: &Recording,
+        (row, format): (&str, Format),
+        what: &str,
+    ) -> Outcome {
+        let tolerance = tolerance(row, self.support.numbers.precision, format);
         off(&all_differences(got, expected), (row, tolerance), what)
     }
 
     fn lockstep(&self, format: Format) -> Outcome {
-        let model = models::named(&self.case.name, format, self.support.precision);
-        let tolerance = tolerance("lockstep", self.support.precision);
-        let report = model.run((self.make)())?;
+        let model = models::named(&self.case.name, format, self.support.numbers.precision);
+        let tolerance = tolerance("lockstep", self.support.numbers.precision, format);
+        let report = model.run(self.backend.clone())?;
         let all = report.steps.iter().flat_map(|step| &step.errors);
         all.for_each(|e| measured("lockstep", e.largest, e.rms));
         let beyond = report.beyond(tolerance);
         if beyond.is_empty() {
             return Ok(());
         }
-        let mut text =
-            format!("against the oracle, weights in {format:?}, {}\n", bounds(tolerance));
+        let mut text = format!("against the oracle, weights in {format}, {}\n", bounds(tolerance));
         for (step, e) in beyond {
             let fault = e.fault.as_ref().map(|f| format!(": {f}")).unwrap_or_default();
             text += &format!(
@@ -289,7 +293,7 @@ impl<B: Backend + Send + Sync + 'static> Check<'_, B> {
     fn golden(&self, chunk: usize) -> Outcome {
         let golden = Golden::load(&self.case.name.replace('_', "-"));
         assert!(golden.expected.tensors.len() > 30, "too few golden tensors");
-        let model = Model::load(&golden.folder, (self.make)())?;
+        let model = Model::load(&golden.folder, self.backend.clone())?;
         let tokens = golden.input_ids.len() + golden.decode_ids.len();
         let options = SessionOptions { context: tokens, chunk: tokens, outputs: tokens };
         let mut session = model.session(options)?;
@@ -298,7 +302,8 @@ impl<B: Backend + Send + Sync + 'static> Check<'_, B> {
         session.append(decode)?;
         let recording = Recording::new(&mut session, prompt, chunk, decode, Detail::Operators)?;
         let chunk = chunk.min(prompt.len());
-        let tolerance = tolerance("golden", self.support.precision);
+        let Numbers { precision, formats } = &self.support.numbers;
+        let tolerance = tolerance("golden", *precision, formats[0]);
         let what = format!("against transformers, prompt in chunks of {chunk}");
         off(&differences(&recording, &golden.expected), ("golden", tolerance), &what)
     }

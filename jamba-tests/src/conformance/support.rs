@@ -3,25 +3,24 @@
 use std::sync::Arc;
 
 use crate::conformance::Instance;
-use crate::precision::Precision;
+use crate::precision::{Format, Numbers, Precision};
 
-/// What a backend claims, and what it does not do and why. By default: f32, nothing bit by bit
-/// but what every backend owes, everything supported.
+/// What numbers a backend holds, and what it does not do and why. By default: activations in f32,
+/// weights as they are stored, everything supported. Whether laws are held to the bit is said by
+/// [`Backend::is_chunk_invariant`](jamba_core::Backend::is_chunk_invariant).
 ///
 /// ```
-/// use jamba_tests::{Precision, Support};
+/// use jamba_tests::{Format, Precision, Support};
 ///
 /// let support = Support::default()
 ///     .precision(Precision::Bf16)
-///     .batch_exact()
+///     .weights(&[Format::Bf16])
 ///     .without("problem::attention", "no kernel yet");
 /// # let _ = support;
 /// ```
 #[derive(Clone)]
 pub struct Support {
-    pub(super) precision: Precision,
-    pub(super) chunking_exact: bool,
-    pub(super) batch_exact: bool,
+    pub(super) numbers: Numbers,
     without: Vec<(String, String)>,
     except: Vec<Except>,
     pub(super) regressions: Vec<String>,
@@ -42,9 +41,7 @@ impl Default for Support {
         let lines = include_str!("../../regressions.txt").lines();
         let lines = lines.map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
         Self {
-            precision: Precision::F32,
-            chunking_exact: false,
-            batch_exact: false,
+            numbers: Precision::F32.into(),
             without: Vec::new(),
             except: Vec::new(),
             regressions: lines.map(str::to_owned).collect(),
@@ -59,21 +56,19 @@ impl Support {
     /// The precision in which the backend keeps activations; it decides the tolerances.
     #[must_use]
     pub fn precision(mut self, precision: Precision) -> Self {
-        self.precision = precision;
+        self.numbers.precision = precision;
         self
     }
 
-    /// Claims that cutting a prompt into chunks does not change one bit.
+    /// The formats in which the backend keeps matrices as they are: those that the weights of
+    /// problems have. The first of them decides the tolerance of `golden` cases.
+    ///
+    /// # Panics
+    /// If there are none.
     #[must_use]
-    pub fn chunking_exact(mut self) -> Self {
-        self.chunking_exact = true;
-        self
-    }
-
-    /// Claims that what else is in the batch, and in which slots, does not change one bit.
-    #[must_use]
-    pub fn batch_exact(mut self) -> Self {
-        self.batch_exact = true;
+    pub fn weights(mut self, formats: &[Format]) -> Self {
+        assert!(!formats.is_empty(), "weights have some format");
+        self.numbers.formats = formats.to_vec();
         self
     }
 

@@ -1,7 +1,6 @@
 //! The models that the kit runs in lockstep: random weights in the shapes of the golden
 //! configurations, and an uneven one.
 
-use jamba_core::random::RandomParams;
 use jamba_core::weights::{ParamSpec, Weights};
 use jamba_core::{
     Backend, Batch, Config, Limits, Model, Outputs, ParamSource, Result, Scratch, compose,
@@ -28,7 +27,7 @@ pub(crate) fn named(name: &str, format: Format, precision: Precision) -> RandomM
         name => Config::from_folder(golden::folder(&name.replace('_', "-"))).expect("golden"),
     };
     let model = |seed: u32| RandomModel {
-        source: KitParams(RandomParams { seed: seed.into(), dtype: format.dtype() }),
+        source: KitParams { seed: seed.into(), format },
         batches: batches(&config, seed.into(), precision),
         config: config.clone(),
     };

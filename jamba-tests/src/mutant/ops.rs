@@ -177,6 +177,10 @@ impl<B: Backend> Backend for Mutant<B> {
         self.inner.write_state(&mut state.inner, layer, part, slot, positions, &values)
     }
 
+    fn is_chunk_invariant(&self) -> bool {
+        self.inner.is_chunk_invariant()
+    }
+
     fn stage(&self, state: &mut Self::State, batch: &Batch) -> Result<()> {
         state.batch = batch.clone();
         self.inner.stage(&mut state.inner, batch)

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Problem;
 use super::bench::{self, Draw};
-use crate::precision::Precision;
+use crate::precision::{Numbers, Precision};
 
 /// Sizes of [`Backend::add_assign`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -20,7 +20,8 @@ pub struct AddAssign {
 }
 
 impl Problem for AddAssign {
-    fn strategy(precision: Precision) -> BoxedStrategy<Self> {
+    fn strategy(numbers: &Numbers) -> BoxedStrategy<Self> {
+        let precision = numbers.precision;
         let cols = prop_oneof![6 => bench::width(140), 1 => Just(8192usize)];
         (0..=9usize, cols, any::<u32>())
             .prop_map(move |(rows, cols, seed)| Self { rows, cols, precision, seed })

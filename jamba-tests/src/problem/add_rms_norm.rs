@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Problem;
 use super::block::{Block, LAYER, Loaded, Sizes};
-use crate::precision::Precision;
+use crate::precision::{Format, Numbers};
 
 /// Sizes of [`Backend::add_rms_norm`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -15,8 +15,12 @@ use crate::precision::Precision;
 pub struct AddRmsNorm(pub Block);
 
 impl Problem for AddRmsNorm {
-    fn strategy(precision: Precision) -> BoxedStrategy<Self> {
-        Block::strategy(precision, |sizes| Sizes { experts: 0, top_k: 1, inter: 3, ..sizes }).prop_map(Self).boxed()
+    fn strategy(numbers: &Numbers) -> BoxedStrategy<Self> {
+        Block::strategy(numbers, |sizes| Sizes { experts: 0, top_k: 1, inter: 3, ..sizes }).prop_map(Self).boxed()
+    }
+
+    fn format(&self) -> Format {
+        self.0.weights
     }
 
     fn inputs(&self) -> Recording {

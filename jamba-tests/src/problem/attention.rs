@@ -10,7 +10,7 @@ use super::bench::{self, Draw};
 use super::block::{LAYER, Sizes};
 use super::ragged::{Feed, Ragged, ragged};
 use super::sequential::{self, Sequential};
-use crate::precision::Precision;
+use crate::precision::{Numbers, Precision};
 
 /// Sizes of [`Backend::attention`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -31,7 +31,8 @@ impl Attention {
 }
 
 impl Problem for Attention {
-    fn strategy(precision: Precision) -> BoxedStrategy<Self> {
+    fn strategy(numbers: &Numbers) -> BoxedStrategy<Self> {
+        let precision = numbers.precision;
         let small = (1..=3usize, 1..=4usize, bench::width(40), ragged(70))
             .prop_map(|(kv, group, head_dim, batch)| (kv * group, kv, head_dim, batch));
         // The published models, cut in tokens.

@@ -6,7 +6,7 @@ use jamba_core::{Backend, Cols, Config, HostTensor, Limits, Param, Result, Role,
 use proptest::prelude::*;
 
 use super::ragged::Ragged;
-use crate::precision::{Format, Precision};
+use crate::precision::{Format, Numbers, Precision};
 use crate::random::Random;
 
 /// Inputs under construction, each from the seed and its own name.
@@ -45,10 +45,14 @@ impl Draw {
         self.exact(name, &shape, |r, _| precision.round(value(r)));
     }
 
-    /// A matrix whose products with rows of deviation 1 have deviation 1.
-    pub(crate) fn matrix(&mut self, name: &str, shape: &[usize], format: Format) {
-        let fan_in = (shape[shape.len() - 1] as f32).sqrt().recip();
-        self.exact(name, shape, |r, _| format.round(fan_in * r.normal()));
+    /// A matrix of values that its format can hold, whose products with rows of deviation 1 have
+    /// deviation 1; a table of deviation 1.
+    pub(crate) fn matrix(&mut self, role: Role, name: &str, shape: &[usize], format: Format) {
+        let cols = shape[shape.len() - 1];
+        let fan_in = if role == Role::Embedding { 1.0 } else { (cols as f32).sqrt().recip() };
+        self.exact(name, shape, |r, _| fan_in * r.normal());
+        let drawn = self.inputs.tensors.get_mut(name).expect("just drawn");
+        format.round(role, cols, &mut drawn.values);
     }
 
     /// Weights of a norm.
@@ -249,8 +253,8 @@ pub(crate) fn width(max: usize) -> BoxedStrategy<usize> {
     prop_oneof![3 => 3..=max, 2 => near.prop_map(move |n| n.min(max))].boxed()
 }
 
-pub(crate) fn format() -> impl Strategy<Value = Format> + Clone {
-    prop::sample::select(Format::ALL.to_vec())
+pub(crate) fn format(numbers: &Numbers) -> impl Strategy<Value = Format> + Clone + use<> {
+    prop::sample::select(numbers.formats.clone())
 }
 
 pub(crate) fn eps() -> impl Strategy<Value = f32> + Clone {

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::bench::{self, Draw};
 use super::ragged::{Ragged, ragged};
 use crate::oracle::OracleBackend;
-use crate::precision::{Format, Precision};
+use crate::precision::{Format, Numbers, Precision};
 use crate::random::Random;
 
 /// The layer that a problem runs, of the two that its model has: one that mixes up the states of
@@ -230,10 +230,11 @@ pub(crate) struct Loaded<B: Backend> {
 impl Block {
     /// Blocks of models of any sizes, changed by `fit` to have the block.
     pub(crate) fn strategy(
-        precision: Precision,
+        numbers: &Numbers,
         fit: impl Fn(Sizes) -> Sizes + 'static,
     ) -> BoxedStrategy<Self> {
-        (sizes(), ragged(20), bench::format(), any::<u32>())
+        let precision = numbers.precision;
+        (sizes(), ragged(20), bench::format(numbers), any::<u32>())
             .prop_map(move |(sizes, batch, weights, seed)| Self {
                 sizes: fit(sizes),
                 batch,
@@ -245,7 +246,7 @@ impl Block {
     }
 
     pub(crate) fn source(&self) -> KitParams {
-        KitParams(RandomParams { seed: self.seed.into(), dtype: self.weights.dtype() })
+        KitParams { seed: self.seed.into(), format: self.weights }
     }
 
     /// Activations of these names, the weights whose names begin with `prefix`, and the states.
@@ -342,19 +343,32 @@ pub(crate) fn wrong_layer<T>(what: &str) -> Result<T> {
     Err(Error::Unsupported { backend: "kit", what: format!("a problem whose layer has no {what}") })
 }
 
-/// [`RandomParams`], with some dt past 20 where softplus is the identity.
-pub(crate) struct KitParams(pub(crate) RandomParams);
+/// [`RandomParams`] of the values that a format can hold, with some dt past 20 where softplus is
+/// the identity.
+#[derive(Clone, Copy)]
+pub(crate) struct KitParams {
+    pub(crate) seed: u64,
+    pub(crate) format: Format,
+}
 
 impl ParamSource for KitParams {
     fn param(&self, spec: &ParamSpec) -> Result<Param> {
-        let param = self.0.param(spec)?;
-        if spec.role != Role::Vector || !spec.name.ends_with("dt_proj.bias") {
-            return Ok(param);
-        }
-        let mut random = Random::new(self.0.seed, &spec.name);
-        let raise = |v| if random.below(32) == 0 { 22.0 } else { v };
-        let values = param.to_f32().into_iter().map(raise).collect();
-        Ok(Param::new(param.name, param.role, HostTensor::from_f32(param.shape, values)))
+        let dtype = self.format.dtype();
+        let param = RandomParams { seed: self.seed, dtype }.param(spec)?;
+        let mut values = param.to_f32();
+        let tensor = match spec.role {
+            Role::Vector if spec.name.ends_with("dt_proj.bias") => {
+                let mut random = Random::new(self.seed, &spec.name);
+                let raise = |v| if random.below(32) == 0 { 22.0 } else { v };
+                HostTensor::from_f32(param.shape, values.into_iter().map(raise).collect())
+            }
+            Role::Vector | Role::Conv | Role::A => return Ok(param),
+            role => {
+                self.format.round(role, param.matrix_shape()[1], &mut values);
+                self.format.store(param.shape, &values)
+            }
+        };
+        Ok(Param::new(param.name, param.role, tensor))
     }
 }
 

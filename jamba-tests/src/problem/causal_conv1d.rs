@@ -10,7 +10,7 @@ use super::bench::{self, Draw};
 use super::block::{LAYER, Sizes};
 use super::ragged::{Feed, Ragged, ragged};
 use super::sequential::{self, Sequential};
-use crate::precision::Precision;
+use crate::precision::{Numbers, Precision};
 
 /// Sizes of [`Backend::causal_conv1d`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -25,7 +25,8 @@ pub struct CausalConv1d {
 }
 
 impl Problem for CausalConv1d {
-    fn strategy(precision: Precision) -> BoxedStrategy<Self> {
+    fn strategy(numbers: &Numbers) -> BoxedStrategy<Self> {
+        let precision = numbers.precision;
         let sizes = prop_oneof![
             6 => (bench::width(140), 1..=5usize, ragged(30)),
             // The published models, cut in tokens.

@@ -9,7 +9,7 @@ use super::Problem;
 use super::bench::{self, Draw};
 use super::block::{Sizes, ids};
 use super::ragged::{Ragged, ragged};
-use crate::precision::{Format, Precision};
+use crate::precision::{Format, Numbers, Precision};
 
 /// Sizes of [`Backend::embed`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -24,25 +24,29 @@ pub struct Embed {
 }
 
 impl Problem for Embed {
-    fn strategy(precision: Precision) -> BoxedStrategy<Self> {
+    fn strategy(numbers: &Numbers) -> BoxedStrategy<Self> {
+        let precision = numbers.precision;
         let sizes = prop_oneof![
             6 => (2..=70usize, bench::width(70)),
             // The published models, cut in the vocabulary.
             1 => (2..=9usize, prop::sample::select(vec![2560usize, 4096, 8192])),
         ];
-        (sizes, ragged(30), bench::format(), any::<u32>())
+        (sizes, ragged(30), bench::format(numbers), any::<u32>())
             .prop_map(move |((vocab, hidden), batch, weights, seed)| {
                 Self { vocab, hidden, batch, weights, precision, seed }
             })
             .boxed()
     }
 
+    fn format(&self) -> Format {
+        self.weights
+    }
+
     fn inputs(&self) -> Recording {
         let mut draw = Draw::new(self.seed, self.precision);
-        let (precision, format) = (self.precision, self.weights);
-        draw.exact("table", &[self.vocab, self.hidden], |r, _| {
-            precision.round(format.round(r.normal()))
-        });
+        draw.matrix(Role::Embedding, "table", &[self.vocab, self.hidden], self.weights);
+        let table = draw.inputs.tensors.get_mut("table").expect("just drawn");
+        table.values.iter_mut().for_each(|v| *v = self.precision.round(*v));
         draw.exact("ids", &[self.batch.tokens()], ids(self.vocab));
         draw.inputs
     }

@@ -10,7 +10,7 @@ use super::bench;
 use super::block::{Block, Loaded, Sizes, ids, settle, smallest_margin};
 use super::ragged::{Feed, Ragged};
 use super::sequential::{self, Sequential};
-use crate::precision::Precision;
+use crate::precision::{Format, Numbers};
 use crate::random::Random;
 
 /// Sizes of [`Backend::forward`]: a model of one to four layers of any kind.
@@ -34,14 +34,18 @@ impl Forward {
 }
 
 impl Problem for Forward {
-    fn strategy(precision: Precision) -> BoxedStrategy<Self> {
+    fn strategy(numbers: &Numbers) -> BoxedStrategy<Self> {
         let period = || (1..=3usize).prop_flat_map(|n| (Just(n), 0..n)).prop_map(|(n, at)| [n, at]);
-        (Block::strategy(precision, |sizes| sizes), 1..=4usize, period(), period())
+        (Block::strategy(numbers, |sizes| sizes), 1..=4usize, period(), period())
             .prop_map(|(mut block, layers, attn, expert)| {
                 block.sizes = Sizes { layers, attn, expert, ..block.sizes };
                 Self::settled(block)
             })
             .boxed()
+    }
+
+    fn format(&self) -> Format {
+        self.0.weights
     }
 
     fn inputs(&self) -> Recording {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Problem;
 use super::block::{Block, LAYER, Loaded, Sizes, settle, smallest_margin};
-use crate::precision::Precision;
+use crate::precision::{Format, Numbers};
 
 /// Sizes of a layer of any kind ([`compose::layer`] on the blocks of the backend).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -25,9 +25,9 @@ impl Layer {
 }
 
 impl Problem for Layer {
-    fn strategy(precision: Precision) -> BoxedStrategy<Self> {
+    fn strategy(numbers: &Numbers) -> BoxedStrategy<Self> {
         let kinds = (any::<bool>(), any::<bool>());
-        let block = Block::strategy(precision, |sizes| sizes);
+        let block = Block::strategy(numbers, |sizes| sizes);
         (block, kinds)
             .prop_map(|(mut block, (attention, experts))| {
                 let sizes = &mut block.sizes;
@@ -45,6 +45,10 @@ impl Problem for Layer {
                 Self(Block { seed, ..block })
             })
             .boxed()
+    }
+
+    fn format(&self) -> Format {
+        self.0.weights
     }
 
     fn inputs(&self) -> Recording {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Problem;
 use super::bench::{self, Draw};
-use crate::precision::{Format, Precision};
+use crate::precision::{Format, Numbers, Precision};
 
 /// Sizes of [`Backend::linear`]: `(rows, k) -> (rows, n)`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -33,7 +33,8 @@ pub struct Linear {
 }
 
 impl Problem for Linear {
-    fn strategy(precision: Precision) -> BoxedStrategy<Self> {
+    fn strategy(numbers: &Numbers) -> BoxedStrategy<Self> {
+        let precision = numbers.precision;
         let rows = || prop_oneof![2 => Just(1usize), 1 => Just(0usize), 5 => 2..=9usize, 1 => 63..=70usize];
         let sizes = prop_oneof![
             8 => (rows(), bench::width(300), bench::width(150)),
@@ -42,18 +43,22 @@ impl Problem for Linear {
             1 => (1..=3usize, 3..=9usize, prop::sample::select(vec![288usize, 2816, 4096, 6144])),
         ];
         let beside = prop_oneof![Just([0, 0]), Just([0, 7]), Just([5, 0]), Just([16, 3])];
-        (sizes, beside, 1..=3usize, any::<bool>(), bench::format(), any::<u32>())
+        (sizes, beside, 1..=3usize, any::<bool>(), bench::format(numbers), any::<u32>())
             .prop_map(move |((rows, k, n), beside, pieces, bias, weights, seed)| {
                 Self { rows, k, n, beside, pieces, bias, weights, precision, seed }
             })
             .boxed()
     }
 
+    fn format(&self) -> Format {
+        self.weights
+    }
+
     fn inputs(&self) -> Recording {
         let mut draw = Draw::new(self.seed, self.precision);
         let [before, after] = self.beside;
         draw.activations("x", [self.rows, before + self.k + after], |r| r.normal());
-        draw.matrix("weight", &[self.n, self.k], self.weights);
+        draw.matrix(Role::Linear, "weight", &[self.n, self.k], self.weights);
         if self.bias {
             draw.exact("bias", &[self.n], |r, _| r.normal());
         }

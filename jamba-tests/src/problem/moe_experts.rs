@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Problem;
 use super::bench::{self, Draw};
-use crate::precision::{Format, Precision};
+use crate::precision::{Format, Numbers, Precision};
 
 /// Sizes of [`Backend::moe_experts`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -29,7 +29,8 @@ pub struct MoeExperts {
 }
 
 impl Problem for MoeExperts {
-    fn strategy(precision: Precision) -> BoxedStrategy<Self> {
+    fn strategy(numbers: &Numbers) -> BoxedStrategy<Self> {
+        let precision = numbers.precision;
         let experts = (2..=9usize).prop_flat_map(|n| (Just(n), 1..=n));
         let sizes = prop_oneof![
             6 => (0..=12usize, bench::width(70), bench::width(70), experts),
@@ -37,11 +38,15 @@ impl Problem for MoeExperts {
             1 => (1..=5usize, Just(4096usize), 3..=5usize, Just((16usize, 2usize))),
             1 => (1..=5usize, 3..=5usize, Just(14336usize), Just((16usize, 2usize))),
         ];
-        (sizes, any::<bool>(), 1..=3usize, bench::format(), any::<u32>())
+        (sizes, any::<bool>(), 1..=3usize, bench::format(numbers), any::<u32>())
             .prop_map(move |((rows, hidden, inter, (experts, top_k)), ties, pieces, weights, seed)| {
                 Self { rows, hidden, inter, experts, top_k, ties, pieces, weights, precision, seed }
             })
             .boxed()
+    }
+
+    fn format(&self) -> Format {
+        self.weights
     }
 
     fn inputs(&self) -> Recording {
@@ -57,8 +62,8 @@ impl Problem for MoeExperts {
             let tied = self.ties && (i / experts) % 3 == 2;
             if tied { 0.5 } else { 0.25 * order[i % experts] as f32 - 1.0 }
         });
-        draw.matrix("gate_up_proj", &[experts, 2 * inter, hidden], self.weights);
-        draw.matrix("down_proj", &[experts, hidden, inter], self.weights);
+        draw.matrix(Role::Experts, "gate_up_proj", &[experts, 2 * inter, hidden], self.weights);
+        draw.matrix(Role::Experts, "down_proj", &[experts, hidden, inter], self.weights);
         draw.inputs
     }
 
@@ -68,7 +73,7 @@ impl Problem for MoeExperts {
         let logits = bench::tensor(b, &inputs.tensors["router_logits"])?;
         // The router itself is not used here.
         let mut unused = Draw::new(self.seed, self.precision);
-        unused.matrix("router", &[self.experts, self.hidden], self.weights);
+        unused.matrix(Role::Router, "router", &[self.experts, self.hidden], self.weights);
         inputs.tensors.append(&mut unused.inputs.tensors);
         let pieces = self.pieces.min(self.experts);
         let upload = |role, name, pieces| bench::matrix(b, role, &inputs, name, self.weights, pieces);

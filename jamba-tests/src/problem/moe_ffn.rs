@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Problem;
 use super::block::{Block, LAYER, Loaded, Sizes, decisive, margin, wrong_layer};
-use crate::precision::Precision;
+use crate::precision::{Format, Numbers};
 use crate::random::Random;
 
 /// Sizes of [`Backend::moe_ffn`].
@@ -17,8 +17,12 @@ use crate::random::Random;
 pub struct MoeFfn(pub Block);
 
 impl Problem for MoeFfn {
-    fn strategy(precision: Precision) -> BoxedStrategy<Self> {
-        Block::strategy(precision, |sizes| Sizes { experts: sizes.experts.max(2), expert: [1, 0], ..sizes }).prop_map(Self).boxed()
+    fn strategy(numbers: &Numbers) -> BoxedStrategy<Self> {
+        Block::strategy(numbers, |sizes| Sizes { experts: sizes.experts.max(2), expert: [1, 0], ..sizes }).prop_map(Self).boxed()
+    }
+
+    fn format(&self) -> Format {
+        self.0.weights
     }
 
     fn inputs(&self) -> Recording {

@@ -9,7 +9,7 @@ use super::Problem;
 use super::bench::{self, Draw};
 use super::block::Sizes;
 use super::ragged::{Ragged, ragged};
-use crate::precision::Precision;
+use crate::precision::{Numbers, Precision};
 
 /// Sizes of [`Backend::output_rows`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -22,7 +22,8 @@ pub struct OutputRows {
 }
 
 impl Problem for OutputRows {
-    fn strategy(precision: Precision) -> BoxedStrategy<Self> {
+    fn strategy(numbers: &Numbers) -> BoxedStrategy<Self> {
+        let precision = numbers.precision;
         let cols = prop_oneof![6 => bench::width(70), 1 => Just(4096usize)];
         (cols, ragged(30), any::<u32>())
             .prop_map(move |(cols, batch, seed)| Self { cols, batch, precision, seed })

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Problem;
 use super::bench::{self, Draw};
-use crate::precision::Precision;
+use crate::precision::{Numbers, Precision};
 
 /// Sizes of [`Backend::rms_norm_cols`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -23,7 +23,8 @@ pub struct RmsNormCols {
 }
 
 impl Problem for RmsNormCols {
-    fn strategy(precision: Precision) -> BoxedStrategy<Self> {
+    fn strategy(numbers: &Numbers) -> BoxedStrategy<Self> {
+        let precision = numbers.precision;
         // dt, B and C of the published models have 160 to 512, and 16 columns.
         let cols = prop_oneof![4 => 2..=40usize, 1 => prop::sample::select(vec![160usize, 256, 512])];
         let beside = (0..=20usize, 0..=20usize).prop_map(|(a, b)| [a, b]);

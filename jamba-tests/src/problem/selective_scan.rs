@@ -10,7 +10,7 @@ use super::bench::{self, Draw, gather, tensor};
 use super::block::{LAYER, Sizes};
 use super::ragged::{Feed, Ragged, ragged};
 use super::sequential::{self, Sequential};
-use crate::precision::Precision;
+use crate::precision::{Numbers, Precision};
 
 /// Sizes of [`Backend::selective_scan`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -26,7 +26,8 @@ pub struct SelectiveScan {
 }
 
 impl Problem for SelectiveScan {
-    fn strategy(precision: Precision) -> BoxedStrategy<Self> {
+    fn strategy(numbers: &Numbers) -> BoxedStrategy<Self> {
+        let precision = numbers.precision;
         let d_state = prop_oneof![3 => Just(16usize), 1 => Just(8usize), 2 => 1..=19usize];
         let sizes = prop_oneof![
             6 => (bench::width(100), d_state, 1..=9usize, ragged(40)),

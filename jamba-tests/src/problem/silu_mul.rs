@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Problem;
 use super::bench::{self, Draw};
-use crate::precision::Precision;
+use crate::precision::{Numbers, Precision};
 
 /// Sizes of [`Backend::silu_mul`]: `(rows, 2 n) -> (rows, n)`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -20,7 +20,8 @@ pub struct SiluMul {
 }
 
 impl Problem for SiluMul {
-    fn strategy(precision: Precision) -> BoxedStrategy<Self> {
+    fn strategy(numbers: &Numbers) -> BoxedStrategy<Self> {
+        let precision = numbers.precision;
         let n = prop_oneof![
             6 => bench::width(140),
             1 => prop::sample::select(vec![8192usize, 14336, 24576]),
