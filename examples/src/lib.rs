@@ -5,8 +5,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::ValueEnum;
-use jamba_core::{Error, LanguageModel, Model, Result};
+use jamba_core::{Config, Error, LanguageModel, Model, ParamSource, Result};
 use jamba_cpu::{CpuBackend, ReferenceBackend};
+
+pub mod machine;
 
 /// The backends that an example can run on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -36,6 +38,40 @@ impl BackendName {
             Self::CudaF32 => Box::new(Model::load(folder, cuda(jamba_cuda::Precision::F32)?)?),
             #[cfg(not(feature = "cuda"))]
             Self::Cuda | Self::CudaF32 => return Err(without_cuda()),
+        })
+    }
+
+    /// A model of this shape, its parameters from any source.
+    ///
+    /// # Errors
+    /// Those of [`Model::new`].
+    pub fn model(
+        self,
+        config: Config,
+        source: &impl ParamSource,
+    ) -> Result<Box<dyn LanguageModel>> {
+        Ok(match self {
+            Self::Cpu => Box::new(Model::new(config, source, CpuBackend::new())?),
+            Self::Reference => Box::new(Model::new(config, source, ReferenceBackend)?),
+            #[cfg(feature = "cuda")]
+            Self::Cuda => Box::new(Model::new(config, source, cuda(jamba_cuda::Precision::Bf16)?)?),
+            #[cfg(feature = "cuda")]
+            Self::CudaF32 => {
+                Box::new(Model::new(config, source, cuda(jamba_cuda::Precision::F32)?)?)
+            }
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda | Self::CudaF32 => return Err(without_cuda()),
+        })
+    }
+}
+
+impl std::fmt::Display for BackendName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Cpu => "cpu",
+            Self::Reference => "reference",
+            Self::Cuda => "cuda",
+            Self::CudaF32 => "cuda-f32",
         })
     }
 }

@@ -226,3 +226,30 @@ fn perplexity_of_a_file() {
     refused(example("perplexity").arg(&file).args(["--overlap", "0"]), &["overlap"]);
     refused(example("perplexity").arg("/no/file"), &["/no/file"]);
 }
+
+#[test]
+fn bench_says_how_much_of_the_machine_is_used() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("bench.json");
+    let args = ["--prompt", "40", "--chunk", "16", "--generate", "2", "--batch", "1,3"];
+    let (out, _) = success(example("bench").args(args).args(["--runs", "1", "--json"]).arg(&path));
+    let json: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    assert!(out.contains("reads") && out.contains("prefill") && out.contains("decode"), "{out}");
+    let phases = json["phases"].as_array().unwrap();
+    let of =
+        |key: &str| phases.iter().map(|phase| phase[key].as_f64().unwrap()).collect::<Vec<_>>();
+    assert_eq!(of("batch"), [1.0, 1.0, 3.0]);
+    assert_eq!(of("tokens"), [40.0, 1.0, 3.0]);
+    for key in ["tokens_per_second", "gb_per_second", "tflop_per_second", "limit_seconds"] {
+        assert!(of(key).into_iter().all(|v| v > 0.0), "{key}: {phases:?}");
+    }
+    // Weights may lie in caches, which are faster than the memory that the limit is of.
+    assert!(of("share_of_limit").into_iter().all(|v| v > 0.0 && v.is_finite()), "{phases:?}");
+    assert!(json["machine"]["read_gb_per_second"].as_f64().unwrap() > 0.0);
+
+    let random =
+        ["--preset", "jamba-tales-11m", "--layers", "2", "--prompt", "0", "--generate", "0"];
+    let (out, _) = success(example("bench").args(random));
+    assert!(out.contains("2 of 8 layers of jamba-tales-11m"), "{out}");
+    refused(example("bench").args(["--preset", "gpt-2"]), &["gpt-2", "jamba-v0.1"]);
+}

@@ -34,7 +34,7 @@
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | [`config`], [`schedule`], [`preset`], [`memory`] | what a model is made of and what it needs |
+//! | [`config`], [`schedule`], [`preset`], [`memory`], [`cost`] | what a model is made of and what it needs |
 //! | [`checkpoint`], [`weights`], [`tensor`], [`random`] | parameters and where they come from |
 //! | [`quant`] | parameters in fewer bits |
 //! | [`backend`], [`shape`], [`batch`] | the contract with a device |
@@ -68,6 +68,7 @@ pub mod beam;
 pub mod checkpoint;
 pub mod compose;
 pub mod config;
+pub mod cost;
 mod delegate;
 pub mod engine;
 pub mod error;

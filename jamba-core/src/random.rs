@@ -42,35 +42,61 @@ impl ParamSource for RandomParams {
             Role::Vector => vector(&|r, _| 0.1 * r.normal()),
             Role::Conv => vector(&|r, _| fan_in * r.normal()),
             Role::A => vector(&|r, i| -((i % cols + 1) as f32) * (1.0 + 0.1 * r.normal())),
-            Role::Embedding => self.matrix(&mut random, spec, 1.0),
+            Role::Embedding => self.matrix(&random, spec, 1.0),
             Role::Head
             | Role::Linear
             | Role::Selection
             | Role::Router
             | Role::Experts
-            | Role::Mlp => self.matrix(&mut random, spec, fan_in),
+            | Role::Mlp => self.matrix(&random, spec, fan_in),
         };
         Ok(Param::new(spec.name.clone(), spec.role, tensor))
     }
 }
 
 impl RandomParams {
-    fn matrix(&self, random: &mut Random, spec: &ParamSpec, scale: f32) -> HostTensor {
+    fn matrix(&self, random: &Random, spec: &ParamSpec, scale: f32) -> HostTensor {
         let n = spec.shape.iter().product();
-        let mut halves = |bits: fn(f32) -> u16| {
-            let values = (0..n).map(|_| bits(scale * random.normal())).collect();
+        let halves = |bits: fn(f32) -> u16| {
+            let values = filled(n, random, |r| bits(scale * r.normal()));
             HostTensor::from_halves(self.dtype, spec.shape.clone(), values)
         };
         match self.dtype {
             Dtype::F16 => halves(|v| f16::from_f32(v).to_bits()),
             Dtype::Bf16 => halves(|v| bf16::from_f32(v).to_bits()),
             Dtype::F32 => {
-                let values = (0..n).map(|_| scale * random.normal()).collect();
+                let values = filled(n, random, |r| scale * r.normal());
                 HostTensor::from_f32(spec.shape.clone(), values)
             }
         }
     }
 }
+
+/// `n` values, one draw each, from `random` on. Parts of a large matrix are drawn by threads of
+/// their own: billions of weights should not take minutes.
+fn filled<T: Copy + Default + Send>(
+    n: usize,
+    random: &Random,
+    draw: impl Fn(&mut Random) -> T + Sync,
+) -> Vec<T> {
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let part = n.div_ceil(threads).max(1 << 16);
+    let mut values = vec![T::default(); n];
+    std::thread::scope(|scope| {
+        for (i, values) in values.chunks_mut(part).enumerate() {
+            let draw = &draw;
+            let mut fill = move || {
+                let mut random = random.skip(i * part);
+                values.iter_mut().for_each(|v| *v = draw(&mut random));
+            };
+            if n <= part { fill() } else { drop(scope.spawn(fill)) }
+        }
+    });
+    values
+}
+
+/// By which the counter of [`Random`] grows.
+const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// SplitMix64: a counter through a mixing function, fast enough for billions of weights.
 struct Random {
@@ -83,11 +109,16 @@ impl Random {
         let hash = name
             .bytes()
             .fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
-        Self { state: hash ^ seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) }
+        Self { state: hash ^ seed.wrapping_mul(STEP) }
+    }
+
+    /// This generator after `n` draws.
+    fn skip(&self, n: usize) -> Self {
+        Self { state: self.state.wrapping_add(STEP.wrapping_mul(n as u64)) }
     }
 
     fn next(&mut self) -> u64 {
-        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        self.state = self.state.wrapping_add(STEP);
         let z = (self.state ^ (self.state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ (z >> 31)
@@ -126,6 +157,15 @@ mod tests {
         assert_eq!(a, b);
         assert!(a.iter().zip(&c).all(|(a, c)| a != c));
         assert!(a.iter().flatten().all(|v| v.is_finite()));
+    }
+
+    #[test]
+    fn parts_drawn_by_threads_are_those_drawn_by_one() {
+        let random = Random::new(3, "w");
+        let n = (1 << 18) + 5;
+        let mut one = random.skip(0);
+        let expected: Vec<u64> = (0..n).map(|_| one.next()).collect();
+        assert_eq!(filled(n, &random, Random::next), expected);
     }
 
     #[test]

@@ -12,6 +12,7 @@ mod linear;
 mod memory;
 mod moe;
 mod norm;
+mod probe;
 pub mod reference;
 mod scan;
 mod simd;
@@ -20,6 +21,7 @@ mod tensor;
 mod weight;
 
 pub use backend::CpuBackend;
+pub use probe::{Probe, probe};
 pub use reference::ReferenceBackend;
 pub use state::State;
 pub use tensor::Tensor;

@@ -38,7 +38,7 @@ pub use error::{Error, Result};
 pub use kernels::{Compiled, compile};
 pub use options::{CudaOptions, KernelCache, Precision};
 pub use plan::Plan;
-pub use probe::Probe;
+pub use probe::{Probe, memory_used};
 pub use state::State;
 pub use tensor::Tensor;
 pub use weight::Weight;

@@ -21,6 +21,18 @@ pub struct Probe {
     pub copy_gb_per_s: f64,
     /// A product of two 8192 x 8192 matrices of random bf16, in 10^12 operations a second.
     pub bf16_tflop_per_s: f64,
+    /// The same of f32, without TF32.
+    pub f32_tflop_per_s: f64,
+}
+
+/// Bytes of a card's memory that are taken now, by all programs.
+///
+/// # Errors
+/// [`Error::Missing`](crate::Error::Missing) without a driver,
+/// [`Error::NoDevice`](crate::Error::NoDevice), [`Error::Driver`](crate::Error::Driver).
+pub fn memory_used(ordinal: usize) -> Result<u64> {
+    let (free, total) = Device::open(ordinal)?.memory()?;
+    Ok((total - free) as u64)
 }
 
 impl CudaBackend {
@@ -34,25 +46,40 @@ impl CudaBackend {
             let (from, mut to) = (device.alloc(COPY)?, device.alloc(COPY)?);
             median_seconds(device, || device.copy(&from, &mut to, COPY))?
         };
-        let product = {
-            let bytes = 2 * SIDE * SIDE;
-            let [mut x, mut w, out] =
-                [device.alloc(bytes)?, device.alloc(bytes)?, device.alloc(2 * bytes)?];
-            device.upload(&mut x, 0, &random_bf16(bytes, 1))?;
-            device.upload(&mut w, 0, &random_bf16(bytes, 2))?;
-            let ld = SIDE as u32;
-            let product = Product { rows: SIDE, n: SIDE, k: SIDE, ldx: ld, ldw: ld };
-            let mut cublas = CublasLt::new(device, Precision::Bf16)?;
-            median_seconds(device, || {
-                // SAFETY: the operands are SIDE x SIDE bf16, the result as many f32.
-                unsafe { cublas.matmul(device, product, x.ptr(), w.ptr(), out.ptr()) }
-            })?
-        };
         Ok(Probe {
             copy_gb_per_s: 2.0 * COPY as f64 / copy / 1e9,
-            bf16_tflop_per_s: 2.0 * (SIDE as f64).powi(3) / product / 1e12,
+            bf16_tflop_per_s: products(device, Precision::Bf16)? / 1e12,
+            f32_tflop_per_s: products(device, Precision::F32)? / 1e12,
         })
     }
+}
+
+/// Operations a second of a large product.
+fn products(device: &Device, precision: Precision) -> Result<f64> {
+    let elements = SIDE * SIDE;
+    let size = match precision {
+        Precision::Bf16 => 2,
+        Precision::F32 => 4,
+    };
+    let random = |seed| match precision {
+        Precision::Bf16 => random_bf16(elements, seed),
+        Precision::F32 => random_f32(elements, seed),
+    };
+    let [mut x, mut w, out] = [
+        device.alloc(size * elements)?,
+        device.alloc(size * elements)?,
+        device.alloc(4 * elements)?,
+    ];
+    device.upload(&mut x, 0, &random(1))?;
+    device.upload(&mut w, 0, &random(2))?;
+    let ld = SIDE as u32;
+    let product = Product { rows: SIDE, n: SIDE, k: SIDE, ldx: ld, ldw: ld };
+    let mut cublas = CublasLt::new(device, precision)?;
+    let seconds = median_seconds(device, || {
+        // SAFETY: the operands are SIDE x SIDE of the precision's elements, the result as many f32.
+        unsafe { cublas.matmul(device, product, x.ptr(), w.ptr(), out.ptr()) }
+    })?;
+    Ok(2.0 * (SIDE as f64).powi(3) / seconds)
 }
 
 fn median_seconds(device: &Device, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
@@ -70,11 +97,18 @@ fn median_seconds(device: &Device, mut work: impl FnMut() -> Result<()>) -> Resu
 }
 
 /// Values of magnitude 1/2 to 2 and random sign and mantissa.
-fn random_bf16(bytes: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed;
-    let mut next = || {
-        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        (state >> 48) as u16
+fn random_bf16(n: usize, seed: u64) -> Vec<u8> {
+    bits(seed).take(n).flat_map(|bits| ((bits as u16 & 0x80ff) | 0x3f00).to_le_bytes()).collect()
+}
+
+/// The same in f32.
+fn random_f32(n: usize, seed: u64) -> Vec<u8> {
+    bits(seed).take(n).flat_map(|bits| ((bits & 0x80ff_ffff) | 0x3f00_0000).to_le_bytes()).collect()
+}
+
+fn bits(seed: u64) -> impl Iterator<Item = u32> {
+    let next = |state: &u64| {
+        Some(state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407))
     };
-    (0..bytes / 2).flat_map(|_| ((next() & 0x80ff) | 0x3f00).to_le_bytes()).collect()
+    std::iter::successors(Some(seed), next).skip(1).map(|state| (state >> 32) as u32)
 }

@@ -11,6 +11,7 @@ mod portable;
 mod x86;
 
 pub(crate) mod columns;
+pub(crate) mod peak;
 
 use portable::Portable;
 #[cfg(target_arch = "x86_64")]

@@ -1,0 +1,156 @@
+//! What the machine does by itself, to set a model's speed against, and the memory that was taken.
+
+use std::fmt;
+
+use jamba_core::Result;
+use jamba_core::cost::Cost;
+use serde_json::{Value, json};
+
+use crate::BackendName;
+
+/// The machine under a backend, as measured now.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    /// What it is, and what was measured.
+    pub about: String,
+    /// Bytes a second.
+    pub bandwidth: f64,
+    /// Operations a second of the fastest products that the backend could use.
+    pub products: f64,
+    measured: Value,
+}
+
+/// The least time that a cost takes on a machine.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Limit {
+    /// That time.
+    pub seconds: f64,
+    /// `memory` or `products`: what most of it goes to.
+    pub by: &'static str,
+}
+
+impl Machine {
+    /// Measures the machine that a backend runs on.
+    ///
+    /// # Errors
+    /// [`Error::Memory`](jamba_core::Error::Memory), or what the GPU reports.
+    pub fn measure(backend: BackendName) -> Result<Self> {
+        match backend {
+            BackendName::Cpu | BackendName::Reference => Self::cpu(),
+            BackendName::Cuda => Self::cuda(false),
+            BackendName::CudaF32 => Self::cuda(true),
+        }
+    }
+
+    fn cpu() -> Result<Self> {
+        let probe = jamba_cpu::probe()?;
+        let bf16 = probe.bf16_tflop_per_s;
+        let also = bf16.map_or(String::new(), |rate| format!(", of bf16 {rate:.3}"));
+        Ok(Self {
+            about: format!(
+                "{} threads of {}: reads {:.1} GB/s, products of f32 {:.3} TFLOP/s{also}",
+                probe.threads, probe.isa, probe.read_gb_per_s, probe.f32_tflop_per_s
+            ),
+            bandwidth: 1e9 * probe.read_gb_per_s,
+            products: 1e12 * bf16.unwrap_or(0.0).max(probe.f32_tflop_per_s),
+            measured: json!({
+                "threads": probe.threads,
+                "isa": probe.isa,
+                "read_gb_per_second": probe.read_gb_per_s,
+                "f32_tflop_per_second": probe.f32_tflop_per_s,
+                "bf16_tflop_per_second": bf16,
+            }),
+        })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(is_f32: bool) -> Result<Self> {
+        let backend = crate::cuda(jamba_cuda::Precision::default())?;
+        let probe = backend.probe()?;
+        let (name, arch) = (backend.device_name(), backend.arch());
+        let (what, rate) = match is_f32 {
+            true => ("f32", probe.f32_tflop_per_s),
+            false => ("bf16", probe.bf16_tflop_per_s),
+        };
+        Ok(Self {
+            about: format!(
+                "{name}, {arch}: copies {:.0} GB/s, products of {what} {rate:.0} TFLOP/s",
+                probe.copy_gb_per_s
+            ),
+            bandwidth: 1e9 * probe.copy_gb_per_s,
+            products: 1e12 * rate,
+            measured: json!({
+                "device": name,
+                "arch": arch,
+                "copy_gb_per_second": probe.copy_gb_per_s,
+                "f32_tflop_per_second": probe.f32_tflop_per_s,
+                "bf16_tflop_per_second": probe.bf16_tflop_per_s,
+            }),
+        })
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn cuda(_: bool) -> Result<Self> {
+        Err(crate::without_cuda())
+    }
+
+    /// The least time for steps that follow one another, each as long as the longer of its bytes
+    /// and its operations takes.
+    pub fn limit(&self, steps: impl IntoIterator<Item = Cost>) -> Limit {
+        let (mut seconds, mut of_products) = (0.0, 0.0);
+        for step in steps {
+            let (memory, products) = (step.bytes / self.bandwidth, step.operations / self.products);
+            seconds += memory.max(products);
+            of_products += if products > memory { products } else { 0.0 };
+        }
+        let by = if of_products > seconds / 2.0 { "products" } else { "memory" };
+        Limit { seconds, by }
+    }
+
+    /// All that was measured.
+    pub fn json(&self) -> Value {
+        self.measured.clone()
+    }
+}
+
+impl fmt::Display for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.about)
+    }
+}
+
+/// The largest part of the host's memory that this program has taken so far, where the system
+/// tells it (Linux).
+pub fn host_peak() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(1024 * kib)
+}
+
+/// Memory of the GPU that is taken now, by all programs; `None` for a backend without one.
+///
+/// # Errors
+/// What the GPU reports.
+pub fn device_used(backend: BackendName) -> Result<Option<u64>> {
+    match backend {
+        #[cfg(feature = "cuda")]
+        BackendName::Cuda | BackendName::CudaF32 => Ok(Some(jamba_cuda::memory_used(0)?)),
+        _ => Ok(None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longer_of_bytes_and_operations_counts() {
+        let machine =
+            Machine { about: String::new(), bandwidth: 10.0, products: 100.0, measured: json!({}) };
+        let step = |bytes, operations| Cost { bytes, operations };
+        let limit = machine.limit([step(20.0, 100.0), step(10.0, 1000.0)]);
+        assert_eq!(limit, Limit { seconds: 12.0, by: "products" });
+        assert_eq!(machine.limit([step(20.0, 100.0)]).by, "memory");
+    }
+}
