@@ -11,6 +11,7 @@ use crate::compose;
 use crate::config::Config;
 use crate::error::Result;
 use crate::memory;
+use crate::sampler::{self, Sampled};
 use crate::tensor::Param;
 use crate::trace::Activation;
 use crate::transfer;
@@ -68,6 +69,15 @@ pub struct Limits {
     pub tokens: usize,
     /// Rows of logits of one step.
     pub outputs: usize,
+}
+
+/// What is about to be allocated, all of it together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need<'a> {
+    /// The parameters of a model, which all its runners share.
+    Weights,
+    /// Scratch and state of a runner with these limits; the weights are there already.
+    Runner(&'a Limits),
 }
 
 /// One tensor of the state of one layer and one slot, as [`Backend::read_state`] returns it.
@@ -178,6 +188,14 @@ pub trait Backend: Sized {
 
     // ---- memory ---------------------------------------------------------------------------
 
+    /// Asked before anything of `need` is allocated, so that what does not fit is refused with a
+    /// plan of the memory and not in the middle of loading.
+    ///
+    /// Provided: nothing is refused.
+    fn check_memory(&self, config: &Config, need: Need<'_>) -> Result<()> {
+        let _ = (config, need);
+        Ok(())
+    }
     /// Takes one parameter. What [`Role`](crate::Role) calls a vector, conv or A stays f32.
     fn upload(&self, param: Param) -> Result<Self::Weight>;
     /// Allocates activations for up to `rows` rows; none is in use.
@@ -186,6 +204,15 @@ pub trait Backend: Sized {
     fn write(&self, dst: &mut Self::Tensor, src: &[f32]) -> Result<()>;
     /// Reads the rows in use, row-major.
     fn read(&self, src: Cols<'_, Self::Tensor>) -> Result<Vec<f32>>;
+    /// Per row in use of `logits` the most probable token ([`sampler::greedy`]); `None` where a
+    /// logit is not finite.
+    ///
+    /// Provided: reads the logits. Override it to choose on the device.
+    fn greedy(&self, logits: &Self::Tensor) -> Result<Vec<Option<Sampled>>> {
+        let vocab_size = self.shape(logits)[1];
+        let values = self.read(compose::all(self, logits))?;
+        Ok(values.chunks_exact(vocab_size.max(1)).map(sampler::greedy).collect())
+    }
     /// Rows in use, and columns.
     fn shape(&self, tensor: &Self::Tensor) -> [usize; 2];
     /// Allocates state; every slot is as after [`reset_slot`](Self::reset_slot).

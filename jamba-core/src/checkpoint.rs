@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::config::{missing, read_json};
 use crate::error::{Error, Result};
-use crate::tensor::{Dtype, HostTensor, Owner, Param};
+use crate::tensor::{Bytes, Dtype, HostTensor, Owner, Param};
 use crate::weights::{ParamSpec, Source, Weights};
 
 const SINGLE: &str = "model.safetensors";
@@ -44,6 +44,19 @@ pub struct Checkpoint {
 struct Shard {
     path: PathBuf,
     bytes: Owner,
+}
+
+impl Bytes for Mmap {
+    #[cfg(unix)]
+    fn release(&self, range: Range<usize>) {
+        let drop_pages = memmap2::UncheckedAdvice::DontNeed;
+        // SAFETY: the pages of a read-only map of a file are read from it again where they are
+        // touched again.
+        #[allow(unsafe_code)]
+        let dropped = unsafe { self.unchecked_advise_range(drop_pages, range.start, range.len()) };
+        // Advice: memory that is kept is no failure.
+        drop(dropped);
+    }
 }
 
 struct Stored {

@@ -261,6 +261,9 @@ impl<'a> Generator<'a> {
     fn append(&mut self, ids: &[u32]) -> Result<()> {
         let cancel = &self.cancel;
         let done = match self.prompt_logprobs {
+            None if self.writer.is_greedy() => {
+                self.session.append_greedy_while(ids, || !cancel.is_cancelled())?
+            }
             None => self.session.append_while(ids, || !cancel.is_cancelled())?,
             Some(top) => self.append_scored(ids, top)?,
         };
@@ -338,11 +341,18 @@ impl<'a> Generator<'a> {
         }
         match self.stage {
             Stage::Prompted => {}
+            Stage::Going(id) if self.writer.is_greedy() => {
+                self.session.append_greedy(&[id])?;
+            }
             Stage::Going(id) => drop(self.session.append(&[id])?),
             Stage::New | Stage::Done(_) => return Ok(None),
         }
         let is_full = self.session.position() >= self.session.context();
-        let (piece, reason) = self.writer.write(self.session.last_logits(), is_full)?;
+        let chosen = self.session.chosen().filter(|_| self.writer.is_greedy());
+        let (piece, reason) = match chosen {
+            Some(chosen) => self.writer.write_chosen(chosen, is_full)?,
+            None => self.writer.write(self.session.last_logits(), is_full)?,
+        };
         let Some(id) = piece.id else { return Ok(None) };
         self.stage = Stage::Going(id);
         self.usage.generated_tokens += 1;

@@ -92,7 +92,7 @@ pub mod trace;
 mod transfer;
 pub mod weights;
 
-pub use backend::{Backend, CausalConv1d, Cols, Limits, Scratch, SelectiveScan, StatePart};
+pub use backend::{Backend, CausalConv1d, Cols, Limits, Need, Scratch, SelectiveScan, StatePart};
 pub use batch::{Batch, Outputs, Run};
 pub use beam::{BeamOptions, Hypothesis, beam_search};
 pub use checkpoint::{Checkpoint, ParamSource};

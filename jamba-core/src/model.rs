@@ -4,13 +4,14 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::backend::{Backend, Limits, Scratch, StatePart};
+use crate::backend::{Backend, Limits, Need, Scratch, StatePart};
 use crate::batch::Batch;
 use crate::checkpoint::{Checkpoint, ParamSource};
 use crate::compose;
 use crate::config::Config;
 use crate::error::{Error, Result, at_least_one};
 use crate::fingerprint::{Fingerprint, Hasher};
+use crate::sampler::{self, Sampled};
 use crate::session::{Session, SessionOptions};
 use crate::trace::{Detail, Listener, Traced};
 use crate::transfer;
@@ -53,9 +54,11 @@ impl<B: Backend> Model<B> {
     /// Takes parameters from any source, one at a time.
     ///
     /// # Errors
-    /// [`Error::Config`], or what the source or the backend reports.
+    /// [`Error::Config`], or what the source or the backend reports: before anything is loaded
+    /// where the backend knows that it has no room ([`Backend::check_memory`]).
     pub fn new(config: Config, source: &impl ParamSource, backend: B) -> Result<Self> {
         config.validate()?;
+        backend.check_memory(&config, Need::Weights)?;
         let mut hasher = Hasher::new();
         hasher.config(&config);
         let weights = Weights::layout(&config).try_map(&mut |spec: &ParamSpec| {
@@ -165,6 +168,16 @@ pub trait Runner: Send {
     /// # Errors
     /// What the backend reports.
     fn logits(&self) -> Result<Vec<f32>>;
+
+    /// For every output of the last step's batch the most probable token, chosen where the logits
+    /// are; `None` where a logit is not finite ([`Backend::greedy`]).
+    ///
+    /// # Errors
+    /// What the backend reports.
+    fn greedy(&self) -> Result<Vec<Option<Sampled>>> {
+        let logits = self.logits()?;
+        Ok(logits.chunks_exact(self.config().vocab_size).map(sampler::greedy).collect())
+    }
 
     /// Makes a slot ready for a new sequence.
     ///
@@ -285,6 +298,7 @@ impl<B: Backend> ModelRunner<B> {
             ("tokens", limits.tokens),
             ("outputs", limits.outputs),
         ])?;
+        model.backend().check_memory(model.config(), Need::Runner(&limits))?;
         let scratch = Scratch::new(model.backend(), model.config(), &limits)?;
         let state = model.backend().new_state(model.config(), &limits)?;
         Ok(Self { model, limits, scratch, state })
@@ -324,6 +338,10 @@ impl<B: Backend + Send + Sync + 'static> Runner for ModelRunner<B> {
     fn logits(&self) -> Result<Vec<f32>> {
         let backend = self.model.backend();
         backend.read(compose::all(backend, &self.scratch.logits))
+    }
+
+    fn greedy(&self) -> Result<Vec<Option<Sampled>>> {
+        self.model.backend().greedy(&self.scratch.logits)
     }
 
     fn reset(&mut self, slot: usize) -> Result<()> {

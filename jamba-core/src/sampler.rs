@@ -69,6 +69,14 @@ impl Sampling {
         Self { temperature: 0.0, ..Self::default() }
     }
 
+    /// Whether the choice is that of the logits as they are ([`greedy`]).
+    pub fn is_plain_greedy(&self) -> bool {
+        let Self { logit_bias, repetition_penalty, presence_penalty, frequency_penalty, .. } = self;
+        self.temperature == 0.0
+            && logit_bias.is_empty()
+            && (*repetition_penalty, *presence_penalty, *frequency_penalty) == (1.0, 0.0, 0.0)
+    }
+
     /// What `generation_config.json` of a model folder asks for: `do_sample`, `temperature`,
     /// `top_k`, `top_p`, `min_p` and `repetition_penalty`.
     ///
@@ -271,10 +279,17 @@ impl Sampler {
         }
         let best = self.scores.iter().position(|score| *score == best).unwrap_or(0);
         let id = if self.sampling.temperature == 0.0 { best as u32 } else { self.draw(best) };
-        self.know(id);
-        self.counts[id as usize] = self.counts[id as usize].saturating_add(1);
-        self.position += 1;
+        self.observe(id);
         Ok(Sampled { id, logprob: log_prob(logits, id) })
+    }
+
+    /// Counts a token as generated that was chosen elsewhere.
+    pub(crate) fn observe(&mut self, id: u32) {
+        self.know(id);
+        if let Some(count) = self.counts.get_mut(id as usize) {
+            *count = count.saturating_add(1);
+        }
+        self.position += 1;
     }
 
     /// Fills `scores`: logits after bias and penalties. A possible token stays possible unless its
@@ -399,6 +414,17 @@ fn max(values: &[f32]) -> f32 {
         }
     }
     lanes.into_iter().fold(f32::NEG_INFINITY, larger)
+}
+
+/// The most probable token by the logits as they are, of equal ones that with the lowest id: what
+/// [`Sampling::greedy`] chooses. `None` where a logit is not finite, or where there is none.
+pub fn greedy(logits: &[f32]) -> Option<Sampled> {
+    if !logits.iter().all(|v| v.is_finite()) {
+        return None;
+    }
+    let best = max(logits);
+    let id = logits.iter().position(|v| *v == best)? as u32;
+    Some(Sampled { id, logprob: log_prob(logits, id) })
 }
 
 /// Log-softmax of `logits` at `id`, summed in f64: the natural logarithm of the probability of

@@ -1,5 +1,6 @@
 //! One sequence on one backend: tokens in, logits out.
 
+use std::cell::OnceCell;
 use std::sync::Arc;
 
 use crate::backend::{Limits, StatePart};
@@ -7,6 +8,7 @@ use crate::batch::{Batch, Outputs};
 use crate::config::Config;
 use crate::error::{Error, Result, at_least_one};
 use crate::model::Runner;
+use crate::sampler::Sampled;
 use crate::state::{Checkpoint, Lineage};
 use crate::trace::{Detail, Listener};
 
@@ -64,8 +66,10 @@ pub struct Session {
     tokens: Vec<u32>,
     /// Positions at which steps ended, ascending.
     steps: Vec<usize>,
-    /// Logits of the last step, row-major.
-    logits: Vec<f32>,
+    /// Logits of the last step, row-major; not there where they are still with the backend.
+    logits: OnceCell<Vec<f32>>,
+    /// The most probable token after the last, where the backend chose it.
+    chosen: Option<Sampled>,
     /// Whether the state is that of `tokens`.
     sound: bool,
     lineage: Lineage,
@@ -81,7 +85,8 @@ impl Session {
             batch: Batch::new(),
             tokens: Vec::new(),
             steps: Vec::new(),
-            logits: Vec::new(),
+            logits: Vec::new().into(),
+            chosen: None,
             sound: true,
             lineage: Lineage::default(),
             checkpoints: Vec::new(),
@@ -123,7 +128,7 @@ impl Session {
         self.runner.reset(0)?;
         self.tokens.clear();
         self.steps.clear();
-        self.logits.clear();
+        self.set_logits(Vec::new());
         self.lineage.cut(0);
         self.checkpoints.clear();
         self.sound = true;
@@ -139,7 +144,18 @@ impl Session {
     /// tokens of the steps before the one that failed.
     pub fn append(&mut self, tokens: &[u32]) -> Result<&[f32]> {
         self.append_while(tokens, || true)?;
-        Ok(&self.logits)
+        Ok(self.logits())
+    }
+
+    /// As [`append`](Self::append), but returns the most probable next token
+    /// ([`greedy`](crate::sampler::greedy)), which the backend chooses where the logits are: they
+    /// are read only if they are asked for afterwards ([`logits`](Self::logits)).
+    ///
+    /// # Errors
+    /// As `append`.
+    pub fn append_greedy(&mut self, tokens: &[u32]) -> Result<Sampled> {
+        self.append_greedy_while(tokens, || true)?;
+        self.chosen.ok_or(Error::NonFinite { position: self.position() })
     }
 
     /// As [`append`](Self::append), but asks `keep_going` before every chunk, and stops where it
@@ -150,15 +166,38 @@ impl Session {
     pub fn append_while(
         &mut self,
         tokens: &[u32],
+        keep_going: impl FnMut() -> bool,
+    ) -> Result<usize> {
+        self.append_chunks(tokens, keep_going, Self::take_logits)
+    }
+
+    /// [`append_while`](Self::append_while), after which the most probable token is
+    /// [`chosen`](Self::chosen).
+    pub(crate) fn append_greedy_while(
+        &mut self,
+        tokens: &[u32],
+        keep_going: impl FnMut() -> bool,
+    ) -> Result<usize> {
+        self.append_chunks(tokens, keep_going, Self::take_greedy)
+    }
+
+    /// `take` takes what there is after the last chunk.
+    fn append_chunks(
+        &mut self,
+        tokens: &[u32],
         mut keep_going: impl FnMut() -> bool,
+        take: fn(&mut Self, usize) -> Result<()>,
     ) -> Result<usize> {
         self.check(tokens)?;
         let mut done = 0;
         while done < tokens.len() && keep_going() {
             let part = &tokens[done..done + self.part(tokens.len() - done, self.chunk())];
             done += part.len();
-            let wanted = done == tokens.len() || self.is_grid_point(self.position() + part.len());
-            self.step(part, if wanted { Outputs::Last } else { Outputs::None }, None)?;
+            let is_last = done == tokens.len();
+            let wanted = is_last || self.is_grid_point(self.position() + part.len());
+            let outputs = if wanted { Outputs::Last } else { Outputs::None };
+            let take = if is_last { take } else { Self::take_logits };
+            self.run(part, outputs, None, take)?;
         }
         Ok(done)
     }
@@ -178,15 +217,37 @@ impl Session {
     }
 
     /// Logits that the last step returned, rows of `vocab_size`; none after a chunk of a prompt
-    /// that was not its last.
+    /// that was not its last. Those of a step whose next token the backend chose
+    /// ([`append_greedy`](Self::append_greedy)) are read now; none if that fails, which then every
+    /// other call reports.
     pub fn logits(&self) -> &[f32] {
-        &self.logits
+        self.logits.get_or_init(|| self.runner.logits().unwrap_or_default())
     }
 
-    /// Logits after the last token, `vocab_size` values, if the last step returned them.
+    /// Logits after the last token, `vocab_size` values: the last row of
+    /// [`logits`](Self::logits).
     pub fn last_logits(&self) -> &[f32] {
-        let row = self.logits.len().saturating_sub(self.config().vocab_size);
-        &self.logits[row..]
+        let logits = self.logits();
+        &logits[logits.len().saturating_sub(self.config().vocab_size)..]
+    }
+
+    /// The most probable token after the last, if the backend chose it.
+    pub(crate) fn chosen(&self) -> Option<Sampled> {
+        self.chosen
+    }
+
+    /// Reads the logits that are still with the backend.
+    fn read_logits(&self) -> Result<()> {
+        if self.logits.get().is_none() {
+            let logits = self.runner.logits()?;
+            self.logits.get_or_init(|| logits);
+        }
+        Ok(())
+    }
+
+    fn set_logits(&mut self, logits: Vec<f32>) {
+        self.logits = logits.into();
+        self.chosen = None;
     }
 
     /// Appends tokens and calls `f` with the logits after each: its index in `tokens`, and
@@ -202,7 +263,7 @@ impl Session {
         while done < tokens.len() {
             let part = &tokens[done..done + self.part(tokens.len() - done, chunk)];
             self.step(part, Outputs::All, None)?;
-            let rows = self.logits.chunks_exact(vocab_size).enumerate();
+            let rows = self.logits().chunks_exact(vocab_size).enumerate();
             rows.for_each(|(row, logits)| f(done + row, logits));
             done += part.len();
         }
@@ -261,27 +322,50 @@ impl Session {
         outputs: Outputs,
         trace: Option<(Detail, &mut Listener<'_>)>,
     ) -> Result<()> {
+        self.run(tokens, outputs, trace, Self::take_logits)
+    }
+
+    /// Runs one step; `take` takes what it computed, given the position after it.
+    fn run(
+        &mut self,
+        tokens: &[u32],
+        outputs: Outputs,
+        trace: Option<(Detail, &mut Listener<'_>)>,
+        take: fn(&mut Self, usize) -> Result<()>,
+    ) -> Result<()> {
         let position = self.position() + tokens.len();
         self.batch.clear();
         self.batch.push(0, self.tokens.len(), tokens, outputs);
         self.batch.check(self.runner.config(), &self.runner.limits())?;
         self.sound = false;
-        self.logits.clear();
+        self.set_logits(Vec::new());
         match trace {
             None => self.runner.step(&self.batch)?,
             Some((detail, listener)) => self.runner.step_traced(&self.batch, detail, listener)?,
         }
-        let logits = self.runner.logits()?;
-        if !logits.iter().all(|v| v.is_finite()) {
-            return Err(Error::NonFinite { position });
-        }
-        self.logits = logits;
+        take(self, position)?;
         self.tokens.extend_from_slice(tokens);
         self.steps.push(position);
         self.sound = true;
         if self.is_grid_point(position) {
             self.mark()?;
         }
+        Ok(())
+    }
+
+    fn take_logits(&mut self, position: usize) -> Result<()> {
+        let logits = self.runner.logits()?;
+        if !logits.iter().all(|v| v.is_finite()) {
+            return Err(Error::NonFinite { position });
+        }
+        self.set_logits(logits);
+        Ok(())
+    }
+
+    fn take_greedy(&mut self, position: usize) -> Result<()> {
+        let last = self.runner.greedy()?.pop().flatten();
+        self.chosen = Some(last.ok_or(Error::NonFinite { position })?);
+        self.logits = OnceCell::new();
         Ok(())
     }
 }

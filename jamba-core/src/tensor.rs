@@ -38,7 +38,12 @@ impl std::fmt::Display for Dtype {
 }
 
 /// Whatever keeps parameter bytes alive: a mapped file, a vector.
-pub(crate) type Owner = Arc<dyn AsRef<[u8]> + Send + Sync>;
+pub(crate) trait Bytes: AsRef<[u8]> + Send + Sync {
+    /// The range is not needed for now: what is mapped may leave this process' memory.
+    fn release(&self, _: Range<usize>) {}
+}
+
+pub(crate) type Owner = Arc<dyn Bytes>;
 
 /// Row-major elements of one stored tensor. A clone shares the bytes.
 #[derive(Clone)]
@@ -84,6 +89,7 @@ impl HostTensor {
                 bytemuck::cast_slice(&self.0)
             }
         }
+        impl<T: bytemuck::Pod + Send + Sync> Bytes for Owned<T> {}
         assert_eq!(shape.iter().product::<usize>(), values.len(), "shape {shape:?}");
         assert_eq!(size_of::<T>(), dtype.size(), "{dtype}");
         let bytes = 0..values.len() * dtype.size();
@@ -103,6 +109,12 @@ impl HostTensor {
     /// The elements as they are stored, little-endian.
     pub fn bytes(&self) -> &[u8] {
         &(*self.owner).as_ref()[self.bytes.clone()]
+    }
+
+    /// Tells that the elements were copied to where they are needed: what is mapped from a file
+    /// need not stay in the memory of this process. They can still be read.
+    pub fn release(&self) {
+        self.owner.release(self.bytes.clone());
     }
 
     /// The elements as f32: borrowed where they are stored so, converted otherwise.

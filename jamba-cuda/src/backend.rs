@@ -3,11 +3,13 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use jamba_core::backend::{Backend, CausalConv1d, Cols, Limits, Scratch, SelectiveScan, StatePart};
+use jamba_core::backend::{
+    Backend, CausalConv1d, Cols, Limits, Need, Scratch, SelectiveScan, StatePart,
+};
 use jamba_core::schedule::Schedule;
 use jamba_core::shape::{self, Shaped};
 use jamba_core::weights::{Mamba, Mlp, Moe};
-use jamba_core::{Batch, Config, Param, Result};
+use jamba_core::{Batch, Config, Param, Result, Sampled};
 
 use crate::blocks;
 use crate::cache::Cache;
@@ -15,11 +17,12 @@ use crate::device::Device;
 use crate::error::Error;
 use crate::kernels::Loader;
 use crate::libraries;
-use crate::ops::argmax::Argmax;
 use crate::ops::attention::Attention;
 use crate::ops::conv1d::Conv1d;
+use crate::ops::cublas;
 use crate::ops::elementwise::Elementwise;
 use crate::ops::embed::Embed;
+use crate::ops::greedy::Greedy;
 use crate::ops::linear::Linear;
 use crate::ops::moe::Experts;
 use crate::ops::norm::Norm;
@@ -45,7 +48,7 @@ pub struct CudaBackend {
     embed: Embed,
     experts: Experts,
     rows: Rows,
-    argmax: Argmax,
+    greedy: Greedy,
     /// Kernels for sizes met so far, `[d_conv, d_state, head_dim]`, 0 where there is no such layer.
     sized: Mutex<Vec<([usize; 3], Kernels)>>,
     workspaces: Mutex<Workspaces>,
@@ -79,7 +82,7 @@ impl CudaBackend {
             elementwise: Elementwise::load(&loader)?,
             experts: Experts::load(&loader)?,
             rows: Rows::load(&loader)?,
-            argmax: Argmax::load(&loader)?,
+            greedy: Greedy::load(&loader)?,
             sized: Mutex::default(),
             workspaces: Mutex::default(),
             device,
@@ -107,17 +110,10 @@ impl CudaBackend {
     /// # Errors
     /// [`Error::Driver`].
     pub fn plan(&self, config: &Config, limits: &Limits) -> Result<Plan, Error> {
+        // Memory that was freed goes back when the stream is waited for.
+        self.synchronize()?;
         let (free, _) = self.device.memory()?;
         Ok(Plan { free: Some(free as u64), ..Plan::new(config, limits, self.precision()) })
-    }
-
-    /// Per row the column of the largest value, of equal ones the lowest: greedy sampling on the
-    /// device, 4 bytes a row instead of a row of logits.
-    ///
-    /// # Errors
-    /// [`Error::Driver`], [`Error::OutOfMemory`].
-    pub fn argmax(&self, x: &Tensor) -> Result<Vec<u32>, Error> {
-        self.argmax.run(&self.device, x)
     }
 
     /// Waits for everything on the stream.
@@ -164,10 +160,10 @@ impl CudaBackend {
         self.workspaces.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Allocates the workspaces for steps of so many tokens, so that no step has to.
-    fn reserve(&self, config: &Config, tokens: usize) -> Result<(), Error> {
-        let [cast, parts, routes, act, expert_out, _] =
-            plan::workspaces(config, tokens, self.precision());
+    /// Allocates the workspaces for steps within limits, so that no step has to.
+    fn reserve(&self, config: &Config, limits: &Limits) -> Result<(), Error> {
+        let [cast, parts, routes, act, expert_out, chosen, _] =
+            plan::workspaces(config, limits, self.precision());
         let w = &mut *self.workspaces();
         let all = [
             (&mut w.cast, cast),
@@ -175,6 +171,7 @@ impl CudaBackend {
             (&mut w.routes, routes),
             (&mut w.act, act),
             (&mut w.expert_out, expert_out),
+            (&mut w.chosen, chosen),
         ];
         all.into_iter().try_for_each(|(w, bytes)| w.reserve(&self.device, bytes).map(drop))
     }
@@ -193,6 +190,21 @@ impl Backend for CudaBackend {
 
     fn name(&self) -> &'static str {
         "cuda"
+    }
+
+    fn check_memory(&self, config: &Config, need: Need<'_>) -> Result<()> {
+        let reserved = self.workspaces().bytes() as u64 + cublas::WORKSPACE_BYTES as u64;
+        match need {
+            Need::Weights => {
+                // The least that any runner takes, so that loading is not in vain.
+                let least = Limits { slots: 1, context: 1, tokens: 1, outputs: 1 };
+                Ok(self.plan(config, &least)?.check_part(reserved)?)
+            }
+            Need::Runner(limits) => {
+                let plan = self.plan(config, limits)?;
+                Ok(plan.check_part(plan.weights.saturating_add(reserved))?)
+            }
+        }
     }
 
     fn upload(&self, param: Param) -> Result<Weight> {
@@ -220,17 +232,17 @@ impl Backend for CudaBackend {
         Ok(rows.flat_map(|row| row.get(src.cols.clone()).unwrap_or(&[])).copied().collect())
     }
 
+    fn greedy(&self, logits: &Tensor) -> Result<Vec<Option<Sampled>>> {
+        Ok(self.greedy.run(&self.device, logits, &mut self.workspaces().chosen)?)
+    }
+
     fn shape(&self, tensor: &Tensor) -> [usize; 2] {
         tensor.shape()
     }
 
     fn new_state(&self, config: &Config, limits: &Limits) -> Result<State> {
         let kernels = self.kernels(config)?;
-        // Weights and scratch are there already; of the workspaces perhaps a part.
-        let plan = self.plan(config, limits)?;
-        let reserved = self.workspaces().bytes() as u64;
-        plan.check_part(plan.state.saturating_add(plan.workspaces.saturating_sub(reserved)))?;
-        self.reserve(config, limits.tokens)?;
+        self.reserve(config, limits)?;
         Ok(State::new(&self.device, kernels, config, limits, self.precision())?)
     }
 

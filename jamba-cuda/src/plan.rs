@@ -7,7 +7,7 @@ use jamba_core::weights::Weights;
 use jamba_core::{Config, Limits, memory};
 
 use crate::error::{Error, Result};
-use crate::ops::{attention, cublas, moe};
+use crate::ops::{attention, cublas, greedy, moe};
 use crate::options::Precision;
 use crate::state;
 use crate::weight;
@@ -45,7 +45,7 @@ impl Plan {
                 .saturating_mul(sequence_bytes(config, limits.context, precision))
                 .saturating_add(staged),
             scratch: scratch(config, limits),
-            workspaces: workspaces(config, limits.tokens, precision)
+            workspaces: workspaces(config, limits, precision)
                 .into_iter()
                 .fold(0, |sum, bytes| sum.saturating_add(bytes as u64)),
             free: None,
@@ -63,11 +63,12 @@ impl Plan {
     /// # Errors
     /// [`Error::DoesNotFit`] with this plan, if what is free is known and less.
     pub fn check(&self) -> Result<()> {
-        self.check_part(self.total())
+        self.check_part(0)
     }
 
-    /// Whether so many bytes, the part of the plan that is not allocated yet, fit.
-    pub(crate) fn check_part(&self, needed: u64) -> Result<()> {
+    /// Whether the rest fits, where so many bytes of the plan are allocated already.
+    pub(crate) fn check_part(&self, allocated: u64) -> Result<()> {
+        let needed = self.total().saturating_sub(allocated);
         match self.free {
             Some(free) if needed > free => Err(Error::DoesNotFit(Box::new(*self))),
             _ => Ok(()),
@@ -117,9 +118,10 @@ fn scratch(config: &Config, limits: &Limits) -> u64 {
     bytes(limits.tokens, of_token).saturating_add(bytes(limits.outputs, of_output))
 }
 
-/// Bytes of the workspaces for steps of so many tokens: operand of a product, parts of attention,
-/// routes, activations and results of the experts, workspace of cuBLASLt.
-pub(crate) fn workspaces(config: &Config, tokens: usize, precision: Precision) -> [usize; 6] {
+/// Bytes of the workspaces for steps within limits: operand of a product, parts of attention,
+/// routes, activations and results of the experts, chosen tokens, workspace of cuBLASLt.
+pub(crate) fn workspaces(config: &Config, limits: &Limits, precision: Precision) -> [usize; 7] {
+    let tokens = limits.tokens;
     let schedule = Schedule::new(config);
     let (hidden, inter) = (config.hidden_size, config.intermediate_size);
     let operand = hidden.max(config.d_inner()).max(config.q_width()).max(inter);
@@ -134,7 +136,8 @@ pub(crate) fn workspaces(config: &Config, tokens: usize, precision: Precision) -
     } else {
         [0; 3]
     };
-    [cast, parts, routes, act, expert_out, cublas::WORKSPACE_BYTES]
+    let chosen = greedy::workspace_bytes(limits.outputs);
+    [cast, parts, routes, act, expert_out, chosen, cublas::WORKSPACE_BYTES]
 }
 
 #[cfg(test)]

@@ -56,6 +56,7 @@ impl Weight {
         let mut row = 0;
         for part in &param.parts {
             weight.upload(device, part, row)?;
+            part.release();
             row += elements(part).checked_div(cols).unwrap_or(0);
         }
         Ok(weight)

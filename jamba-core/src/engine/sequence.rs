@@ -8,6 +8,7 @@ use super::stream::{Event, RequestUsage};
 use crate::error::{Error, Result};
 use crate::generate::{CancelToken, FinishReason, Writer};
 use crate::logprobs::{Scored, scored};
+use crate::sampler::Sampled;
 
 /// Tokens that are not worth a state of their own.
 const GRAIN: usize = 16;
@@ -39,6 +40,14 @@ struct Scores {
     done: Vec<Scored>,
     /// Logits after the last token of the prompt so far.
     previous: Vec<f32>,
+}
+
+/// What a step told of the next token.
+#[derive(Clone, Copy)]
+pub(super) enum Told<'a> {
+    Logits(&'a [f32]),
+    /// The most probable one, which the backend chose.
+    Chosen(Sampled),
 }
 
 /// Whether a sequence goes on.
@@ -144,9 +153,19 @@ impl Sequence {
         Ok(Next::GoOn)
     }
 
-    /// Chooses the next token. `is_full` says that the slot has no room for it.
-    pub(super) fn write(&mut self, logits: &[f32], is_full: bool) -> Result<Next> {
-        let (piece, reason) = self.writer.write(logits, is_full)?;
+    /// Whether nothing but the most probable token is wanted of the logits at `end`.
+    pub(super) fn is_greedy_at(&self, end: usize) -> bool {
+        !self.is_scored()
+            && self.writer.is_greedy()
+            && (self.pending.is_some() || !self.keep_at.contains(&end))
+    }
+
+    /// Takes the next token. `is_full` says that the slot has no room for it.
+    pub(super) fn write(&mut self, last: Told<'_>, is_full: bool) -> Result<Next> {
+        let (piece, reason) = match last {
+            Told::Logits(logits) => self.writer.write(logits, is_full)?,
+            Told::Chosen(chosen) => self.writer.write_chosen(chosen, is_full)?,
+        };
         self.pending = piece.id;
         self.usage.generated_tokens += 1;
         if self.usage.generated_tokens == 1 {

@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use super::prefix::PrefixCache;
 use super::queue::{EngineStats, Job, Shared};
-use super::sequence::{Next, Sequence};
+use super::sequence::{Next, Sequence, Told};
 use super::stream::Event;
 use crate::batch::{Batch, Outputs};
 use crate::error::{Error, Result};
 use crate::generate::Writer;
 use crate::model::Runner;
+use crate::sampler::Sampled;
 use crate::state::{Checkpoint, Lineage};
 use crate::tokenizer::Tokenizer;
 
@@ -38,6 +39,13 @@ struct Part {
     /// Tokens that the slot holds after it.
     end: usize,
     rows: usize,
+}
+
+/// What a step computed of its outputs.
+enum Rows {
+    Logits(Vec<f32>),
+    /// The most probable token of each.
+    Chosen(Vec<Option<Sampled>>),
 }
 
 /// Ends all streams if the thread ends, also if it panics.
@@ -159,7 +167,7 @@ impl Worker {
         let ready = state.filter(|_| sequence.rest() == 0).map(|state| state.logits().to_vec());
         slot.sequence = Some(sequence);
         if let Some(logits) = ready {
-            let next = self.begin(index, &logits);
+            let next = self.begin(index, Told::Logits(&logits));
             self.end(index, next);
         }
     }
@@ -171,16 +179,40 @@ impl Worker {
             return;
         }
         self.stats.steps += 1;
-        let logits = self.runner.step(&self.batch).and_then(|()| self.runner.logits());
         let parts = std::mem::take(&mut self.parts);
-        match logits {
-            Ok(logits) => {
+        let is_greedy = |part: &Part| {
+            let sequence = self.slots[part.slot].sequence.as_ref();
+            part.rows == 0 || sequence.is_some_and(|s| s.is_greedy_at(part.end))
+        };
+        let is_greedy = parts.iter().all(is_greedy);
+        let stepped = self.runner.step(&self.batch);
+        let told = stepped.and_then(|()| match is_greedy {
+            true => self.runner.greedy().map(Rows::Chosen),
+            false => self.runner.logits().map(Rows::Logits),
+        });
+        match told {
+            Ok(Rows::Logits(logits)) => {
                 let vocab_size = self.runner.config().vocab_size;
                 let mut rest = &logits[..];
                 for part in &parts {
                     let (rows, others) = rest.split_at((part.rows * vocab_size).min(rest.len()));
                     rest = others;
                     let next = self.advance(part, rows);
+                    self.end(part.slot, next);
+                }
+            }
+            Ok(Rows::Chosen(chosen)) => {
+                let mut chosen = chosen.into_iter();
+                for part in &parts {
+                    // A part without a row is one that nothing is told of.
+                    let last = match part.rows {
+                        0 => Some(Told::Logits(&[])),
+                        rows => chosen.by_ref().take(rows).last().flatten().map(Told::Chosen),
+                    };
+                    let next = match last {
+                        Some(last) => self.go_on(part, &[], last),
+                        None => Err(Error::NonFinite { position: part.end }),
+                    };
                     self.end(part.slot, next);
                 }
             }
@@ -244,12 +276,19 @@ impl Worker {
     /// Takes what a step computed for one sequence.
     fn advance(&mut self, part: &Part, rows: &[f32]) -> Result<Next> {
         let vocab_size = self.runner.config().vocab_size;
-        let context = self.runner.limits().context;
-        let Some(sequence) = &mut self.slots[part.slot].sequence else { return Ok(Next::GoOn) };
         if !rows.iter().all(|v| v.is_finite()) {
             return Err(Error::NonFinite { position: part.end });
         }
-        let last = &rows[rows.len().saturating_sub(vocab_size)..];
+        let last = Told::Logits(&rows[rows.len().saturating_sub(vocab_size)..]);
+        self.go_on(part, rows, last)
+    }
+
+    /// A sequence has the tokens of a part; `rows` are their logits as far as they are wanted, and
+    /// `last` is what was told of the token after them.
+    fn go_on(&mut self, part: &Part, rows: &[f32], last: Told<'_>) -> Result<Next> {
+        let vocab_size = self.runner.config().vocab_size;
+        let context = self.runner.limits().context;
+        let Some(sequence) = &mut self.slots[part.slot].sequence else { return Ok(Next::GoOn) };
         if sequence.pending.is_some() {
             sequence.position = part.end;
             self.stats.generated_tokens += 1;
@@ -258,8 +297,10 @@ impl Worker {
         self.stats.prompt_tokens += (part.end - sequence.position) as u64;
         sequence.read_part(part.end, vocab_size, rows);
         let is_read = sequence.rest() == 0;
-        if sequence.keep_at.contains(&part.end) {
-            self.keep(part, last)?;
+        if let Told::Logits(logits) = last
+            && sequence.keep_at.contains(&part.end)
+        {
+            self.keep(part, logits)?;
         }
         if is_read { self.begin(part.slot, last) } else { Ok(Next::GoOn) }
     }
@@ -276,7 +317,7 @@ impl Worker {
     }
 
     /// The prompt of a sequence is in its slot: the first token.
-    fn begin(&mut self, slot: usize, logits: &[f32]) -> Result<Next> {
+    fn begin(&mut self, slot: usize, last: Told<'_>) -> Result<Next> {
         let context = self.runner.limits().context;
         let Some(sequence) = &mut self.slots[slot].sequence else { return Ok(Next::GoOn) };
         match sequence.end_prompt()? {
@@ -284,7 +325,7 @@ impl Worker {
             other => return Ok(other),
         }
         self.stats.generated_tokens += 1;
-        sequence.write(logits, sequence.position >= context)
+        sequence.write(last, sequence.position >= context)
     }
 
     /// Frees the slot of a sequence that does not go on.

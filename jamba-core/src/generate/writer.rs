@@ -4,7 +4,7 @@ use super::stops::Stops;
 use super::{FinishReason, GenerateOptions, Piece};
 use crate::config::Config;
 use crate::error::Result;
-use crate::logprobs::top_log_probs;
+use crate::logprobs::{TokenLogProb, top_log_probs};
 use crate::sampler::{Sampled, Sampler};
 use crate::tokenizer::{Decoder, Tokenizer};
 
@@ -51,6 +51,12 @@ impl Writer {
         self.rest == 0
     }
 
+    /// Whether the next token is the most probable one and nothing else is asked of the logits, so
+    /// that the backend may choose it.
+    pub(crate) fn is_greedy(&self) -> bool {
+        self.sampler.sampling().is_plain_greedy() && self.logprobs == 0
+    }
+
     /// Chooses the next token, and says whether it is the last and why. `is_full` says that the
     /// sequence has no room for it.
     pub(crate) fn write(
@@ -58,8 +64,27 @@ impl Writer {
         logits: &[f32],
         is_full: bool,
     ) -> Result<(Piece, Option<FinishReason>)> {
-        let Sampled { id, logprob } = self.sampler.sample(logits)?;
-        let top = top_log_probs(logits, self.logprobs);
+        let sampled = self.sampler.sample(logits)?;
+        self.push(sampled, top_log_probs(logits, self.logprobs), is_full)
+    }
+
+    /// [`write`](Self::write) with the token that the backend chose, where
+    /// [`is_greedy`](Self::is_greedy).
+    pub(crate) fn write_chosen(
+        &mut self,
+        chosen: Sampled,
+        is_full: bool,
+    ) -> Result<(Piece, Option<FinishReason>)> {
+        self.sampler.observe(chosen.id);
+        self.push(chosen, Vec::new(), is_full)
+    }
+
+    fn push(
+        &mut self,
+        Sampled { id, logprob }: Sampled,
+        top: Vec<TokenLogProb>,
+        is_full: bool,
+    ) -> Result<(Piece, Option<FinishReason>)> {
         self.rest = self.rest.saturating_sub(1);
         let eos = self.eos_ids.contains(&id);
         let decoded = if eos { String::new() } else { self.decoder.push(id)? };

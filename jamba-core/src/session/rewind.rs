@@ -53,7 +53,7 @@ impl Session {
         self.lineage.restore(&mut *self.runner, 0, snapshot)?;
         self.tokens.extend_from_slice(snapshot.tokens());
         self.steps = snapshot.steps().to_vec();
-        self.logits = snapshot.logits().to_vec();
+        self.set_logits(snapshot.logits().to_vec());
         self.keep(snapshot.checkpoint().clone());
         self.sound = true;
         Ok(())
@@ -168,10 +168,7 @@ impl Session {
         let kept = steps.partition_point(|step| *step <= start);
         self.steps.extend_from_slice(&steps[..kept]);
         self.tokens.truncate(start);
-        self.logits.clear();
-        if let Some(checkpoint) = checkpoint {
-            self.logits.extend_from_slice(&checkpoint.logits);
-        }
+        self.set_logits(checkpoint.map_or_else(Vec::new, |kept| kept.logits.clone()));
         self.checkpoints.retain(|checkpoint| checkpoint.position <= position);
         self.sound = true;
 
@@ -219,6 +216,7 @@ impl Session {
         if let Some(kept) = self.checkpoints.last().filter(is_here) {
             return Ok(kept.clone());
         }
+        self.read_logits()?;
         Ok(Arc::new(Checkpoint::read(&*self.runner, 0, position, self.last_logits())?))
     }
 

@@ -5,12 +5,12 @@
 //! ([`jamba_core::shape`]) and set the rows of the result; here the rest is checked: what sizes a
 //! kernel is made for, alignment, and that the grid exists.
 
-pub(crate) mod argmax;
 pub(crate) mod attention;
 pub(crate) mod conv1d;
 pub(crate) mod cublas;
 pub(crate) mod elementwise;
 pub(crate) mod embed;
+pub(crate) mod greedy;
 pub(crate) mod linear;
 pub(crate) mod moe;
 pub(crate) mod norm;
@@ -23,9 +23,9 @@ use crate::kernels::Unit;
 /// The sources that do not depend on the sizes of a model.
 pub(crate) fn units() -> Vec<Unit> {
     let mut units = vec![
-        argmax::unit(),
         elementwise::unit(),
         embed::unit(),
+        greedy::unit(),
         linear::unit(),
         norm::unit(),
         rows::unit(),

@@ -24,6 +24,11 @@ impl Workspace {
             }
         }
     }
+
+    /// Reads what kernels wrote to its beginning.
+    pub(crate) fn read(&self, device: &Device, to: &mut [u8]) -> Result<()> {
+        self.0.as_ref().map_or(Ok(()), |buffer| device.download(buffer, 0, to))
+    }
 }
 
 /// The workspaces of all operators.
@@ -39,12 +44,15 @@ pub(crate) struct Workspaces {
     pub(crate) act: Workspace,
     /// Results of the experts.
     pub(crate) expert_out: Workspace,
+    /// Chosen tokens.
+    pub(crate) chosen: Workspace,
 }
 
 impl Workspaces {
     /// Bytes allocated so far.
     pub(crate) fn bytes(&self) -> usize {
-        let all = [&self.cast, &self.parts, &self.routes, &self.act, &self.expert_out];
-        all.into_iter().filter_map(|w| w.0.as_ref()).map(Buffer::bytes).sum()
+        let experts = [&self.routes, &self.act, &self.expert_out];
+        let all = [&self.cast, &self.parts, &self.chosen].into_iter().chain(experts);
+        all.filter_map(|w| w.0.as_ref()).map(Buffer::bytes).sum()
     }
 }
