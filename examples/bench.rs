@@ -6,10 +6,10 @@ use std::time::Instant;
 
 use clap::Parser;
 use jamba_core::cost::{Cost, Span, StateBytes};
-use jamba_core::memory::WeightFormat;
 use jamba_core::random::RandomParams;
 use jamba_core::{
     Batch, Checkpoint, Config, Dtype, Error, LanguageModel, Limits, Outputs, Result, Runner,
+    WeightFormat,
 };
 use jamba_examples::machine::{Limit, Machine, device_used, host_peak};
 use jamba_examples::{BackendName, demo_model, print, run};
@@ -78,8 +78,8 @@ fn bench(args: &Args) -> Result<()> {
         Phase::TITLE
     ))?;
 
-    let format = format(args.backend, model.config());
-    let bench = Bench { args, model: &*model, machine: &machine, format };
+    let kept = kept(args.backend, model.config());
+    let bench = Bench { args, model: &*model, machine: &machine, kept: &kept };
     let (mut phases, mut device) = (Vec::new(), device_used(args.backend)?);
     let mut show = |(phase, used): (Phase, Option<u64>)| {
         phases.push(phase.json());
@@ -130,20 +130,22 @@ fn load(args: &Args) -> Result<(String, Box<dyn LanguageModel>)> {
     Ok((title, args.backend.model(config, &source)?))
 }
 
-/// How the backend keeps the weights.
-fn format(backend: BackendName, config: &Config) -> WeightFormat {
-    match (backend, config.dtype) {
-        (BackendName::Cuda, _) => WeightFormat::Bf16,
-        (BackendName::Cpu, Some(Dtype::F16 | Dtype::Bf16)) => WeightFormat::Bf16,
-        (BackendName::Cpu | BackendName::Reference | BackendName::CudaF32, _) => WeightFormat::F32,
-    }
+/// The model as the backend keeps it, which decides what a step reads.
+fn kept(backend: BackendName, config: &Config) -> Config {
+    let mut kept = config.clone();
+    kept.dtype = match backend {
+        BackendName::Cuda => Some(Dtype::Bf16),
+        BackendName::Cpu => config.dtype,
+        BackendName::Reference | BackendName::CudaF32 => Some(Dtype::F32),
+    };
+    kept
 }
 
 struct Bench<'a> {
     args: &'a Args,
     model: &'a dyn LanguageModel,
     machine: &'a Machine,
-    format: WeightFormat,
+    kept: &'a Config,
 }
 
 impl Bench<'_> {
@@ -161,7 +163,7 @@ impl Bench<'_> {
         let chunks = (0..prompt).step_by(tokens).map(|past| {
             let tokens = tokens.min(prompt - past);
             let outputs = usize::from(past + tokens == prompt);
-            Cost::new(self.model.config(), self.format, state, &[Span { past, tokens, outputs }])
+            Cost::new(self.kept, WeightFormat::Stored, state, &[Span { past, tokens, outputs }])
         });
         let limit = self.machine.limit(chunks.clone());
         let cost = chunks.sum();
@@ -217,7 +219,7 @@ impl Bench<'_> {
         // In the middle of what was measured.
         let past = past + generate + generate * runs / 2;
         let spans = vec![Span { past, tokens: 1, outputs: 1 }; batch];
-        let cost = Cost::new(self.model.config(), self.format, state_bytes(&*runner), &spans);
+        let cost = Cost::new(self.kept, WeightFormat::Stored, state_bytes(&*runner), &spans);
         let limit = self.machine.limit([cost]);
         let used = device_used(self.args.backend)?;
         Ok((Phase { name: "decode", batch, past, tokens: batch, seconds, cost, limit }, used))

@@ -7,13 +7,12 @@
 //!
 //! ```
 //! use jamba_core::cost::{Cost, Span, StateBytes};
-//! use jamba_core::memory::WeightFormat;
-//! use jamba_core::{Config, memory};
+//! use jamba_core::{Config, WeightFormat, memory};
 //!
 //! let config = Config::preset("jamba-reasoning-3b")?;
 //! let state = StateBytes { empty: memory::mamba_state_bytes(&config, 4), per_token: 1024 };
 //! let next = Span { past: 512, tokens: 1, outputs: 1 };
-//! let cost = Cost::new(&config, WeightFormat::Bf16, state, &[next]);
+//! let cost = Cost::new(&config, WeightFormat::Stored, state, &[next]);
 //! // A token of a 3B model reads 3 billion weights and multiplies and adds each once.
 //! assert!((5.9e9..6.2e9).contains(&cost.bytes) && (5.9e9..6.2e9).contains(&cost.operations));
 //! # Ok::<(), jamba_core::Error>(())
@@ -23,9 +22,9 @@ use std::iter::Sum;
 use std::ops::Add;
 
 use crate::config::Config;
-use crate::memory::WeightFormat;
+use crate::quant::WeightFormat;
 use crate::schedule::Schedule;
-use crate::tensor::Role;
+use crate::tensor::{Dtype, Role};
 use crate::weights::Weights;
 
 /// Operations of one element of the SSM state and one token: `dt * A`, its exponential, the
@@ -63,7 +62,8 @@ pub struct Cost {
 }
 
 impl Cost {
-    /// The cost of one step of the model that a valid `config` describes, its weights in `format`.
+    /// The cost of one step of the model that a valid `config` describes, its weights in `format`
+    /// (and what that keeps as stored in the dtype of the configuration, bf16 where it names none).
     ///
     /// Of the experts of a layer those are read that some token of the step is expected to use,
     /// where every expert is equally likely: of 16 with 2 for each token, 14 for 16 tokens.
@@ -84,11 +84,15 @@ impl Cost {
         let with_head = if outputs > 0.0 { 1.0 } else { 0.0 };
 
         let mut cost = Self::default();
+        let stored = config.dtype.unwrap_or(Dtype::Bf16);
         Weights::layout(config).for_each(|param| {
-            let (elements, bytes) = (param.elements() as f64, format.bytes(param) as f64);
+            let elements = param.elements() as f64;
+            let bytes = format.layout(param.role).bytes(param.matrix_shape(), stored) as f64;
             let row = bytes / param.shape[0] as f64;
             let (operations, bytes) = match param.role {
-                Role::Linear | Role::Router | Role::Mlp => (2.0 * elements * tokens, bytes),
+                Role::Linear | Role::Selection | Role::Router | Role::Mlp => {
+                    (2.0 * elements * tokens, bytes)
+                }
                 Role::Experts => (2.0 * elements * chosen * tokens, bytes * used_experts),
                 Role::Head => (2.0 * elements * outputs, bytes * with_head),
                 Role::Embedding if is_tied => (2.0 * elements * outputs, bytes * with_head),
@@ -135,7 +139,7 @@ mod tests {
     const STATE: StateBytes = StateBytes { empty: 0, per_token: 0 };
 
     fn cost(name: &str, state: StateBytes, sequences: &[Span]) -> Cost {
-        Cost::new(&Config::preset(name).unwrap(), WeightFormat::Bf16, state, sequences)
+        Cost::new(&Config::preset(name).unwrap(), WeightFormat::Stored, state, sequences)
     }
 
     /// Two operations for each active parameter, but for the embedding, and some for the scan.
@@ -161,8 +165,8 @@ mod tests {
             let span = Span { past: 0, tokens, outputs: 1 };
             cost("jamba-v0.1", STATE, &[span]).bytes
         };
-        let all =
-            memory::weight_bytes(&Config::preset("jamba-v0.1").unwrap(), WeightFormat::Bf16) as f64;
+        let all = memory::weight_bytes(&Config::preset("jamba-v0.1").unwrap(), WeightFormat::Stored)
+            as f64;
         assert!(bytes(1) < 0.25 * all && bytes(8) > 0.6 * all);
         assert!((0.98..1.0).contains(&(bytes(4096) / all)));
     }

@@ -85,6 +85,13 @@ macro_rules! delegate_backend {
                 positions: usize,
             ) -> $crate::Result<()>;
             fn sequence_bytes(config: &$crate::Config, positions: usize) -> u64;
+            fn check_memory(
+                config: &$crate::Config,
+                need: $crate::backend::Need<'_>,
+            ) -> $crate::Result<()>;
+            fn greedy(
+                logits: &Self::Tensor,
+            ) -> $crate::Result<Vec<Option<$crate::Sampled>>>;
             fn is_chunk_invariant() -> bool;
             fn stage(state: &mut Self::State, batch: &$crate::Batch) -> $crate::Result<()>;
             fn embed(
@@ -235,7 +242,7 @@ mod tests {
     #[test]
     fn a_trace_has_every_block() {
         let code = include_str!("delegate.rs");
-        let (_, code) = code.split_once("$inner; blocks) => {").unwrap();
+        let (_, code) = code.split_once("$inner:expr; blocks) => {").unwrap();
         let (blocks, _) = code.split_once("macro_rules! __").unwrap();
         let (_, traced) = include_str!("trace.rs").split_once("Backend for Traced").unwrap();
         let (mut blocks, traced) = (methods(blocks, 12), methods(traced, 4));
