@@ -7,7 +7,8 @@ use std::time::Instant;
 
 use clap::Parser;
 use jamba_core::{
-    Completion, Engine, EngineOptions, Error, GenerateOptions, Request, Result, Sampling, Tokenizer,
+    Completion, Engine, EngineOptions, Error, GenerateOptions, Request, Result, Sampling,
+    Tokenizer, WeightFormat,
 };
 use jamba_examples::{BackendName, demo_model, print, run};
 use serde_json::{Value, json};
@@ -53,6 +54,9 @@ struct Args {
     /// Where to run.
     #[arg(long, value_enum, default_value = "cpu")]
     backend: BackendName,
+    /// How to keep the weights: stored (as they are), experts-int8, int8 or int4.
+    #[arg(long, value_name = "FORMAT", default_value_t)]
+    quant: WeightFormat,
     /// Print a JSON object for each prompt: prompt, ids, text, finish_reason, usage.
     #[arg(long)]
     json: bool,
@@ -70,7 +74,7 @@ struct Prompt {
 fn batch(args: &Args) -> Result<()> {
     let folder = args.model.clone().unwrap_or_else(demo_model);
     let file = read(&args.prompts)?;
-    let model = args.backend.load(&folder)?;
+    let model = args.backend.load(&folder, args.quant)?;
     let tokenizer = Tokenizer::from_folder(&folder)?;
     let mut sampling = Sampling::from_folder(&folder)?;
     sampling.temperature = args.temperature.unwrap_or(sampling.temperature);

@@ -40,6 +40,9 @@ struct Args {
     /// Where to run. The CPU backends use as many threads as RAYON_NUM_THREADS says.
     #[arg(long, value_enum, default_value = "cpu")]
     backend: BackendName,
+    /// How to keep the weights: stored (as they are), experts-int8, int8 or int4.
+    #[arg(long, value_name = "FORMAT", default_value_t)]
+    quant: WeightFormat,
     /// Tokens of the prompt; 0 leaves it out.
     #[arg(long, value_name = "N", default_value_t = 512)]
     prompt: usize,
@@ -73,13 +76,14 @@ fn bench(args: &Args) -> Result<()> {
     let (name, model) = load(args)?;
     let load_seconds = start.elapsed().as_secs_f64();
     print(&format!(
-        "{name} on {}\n{machine}\nready in {load_seconds:.1} s\n\n{}",
+        "{name}, weights {}, on {}\n{machine}\nready in {load_seconds:.1} s\n\n{}",
+        args.quant,
         args.backend,
         Phase::TITLE
     ))?;
 
-    let kept = kept(args.backend, model.config());
-    let bench = Bench { args, model: &*model, machine: &machine, kept: &kept };
+    let (kept, format) = kept(args.backend, model.config(), args.quant);
+    let bench = Bench { args, model: &*model, machine: &machine, kept: &kept, format };
     let (mut phases, mut device) = (Vec::new(), device_used(args.backend)?);
     let mut show = |(phase, used): (Phase, Option<u64>)| {
         phases.push(phase.json());
@@ -102,6 +106,7 @@ fn bench(args: &Args) -> Result<()> {
     let all = json!({
         "model": name,
         "backend": args.backend.to_string(),
+        "weights": args.quant.name(),
         "machine": machine.json(),
         "load_seconds": load_seconds,
         "phases": phases,
@@ -116,7 +121,7 @@ fn load(args: &Args) -> Result<(String, Box<dyn LanguageModel>)> {
     let Some(name) = &args.preset else {
         let folder = args.model.clone().unwrap_or_else(demo_model);
         let (config, checkpoint) = (Config::from_folder(&folder)?, Checkpoint::open(&folder)?);
-        let model = args.backend.model(config, &checkpoint)?;
+        let model = args.backend.model(config, &checkpoint, args.quant)?;
         return Ok((folder.display().to_string(), model));
     };
     let mut config = Config::preset(name)?;
@@ -127,18 +132,21 @@ fn load(args: &Args) -> Result<(String, Box<dyn LanguageModel>)> {
         kept => format!("{kept} of {all} layers of {name}, random weights"),
     };
     let source = RandomParams { seed: args.seed, dtype: Dtype::Bf16 };
-    Ok((title, args.backend.model(config, &source)?))
+    Ok((title, args.backend.model(config, &source, args.quant)?))
 }
 
-/// The model as the backend keeps it, which decides what a step reads.
-fn kept(backend: BackendName, config: &Config) -> Config {
+/// The model and the format as the backend keeps them, which decides what a step reads.
+fn kept(backend: BackendName, config: &Config, format: WeightFormat) -> (Config, WeightFormat) {
     let mut kept = config.clone();
-    kept.dtype = match backend {
-        BackendName::Cuda => Some(Dtype::Bf16),
-        BackendName::Cpu => config.dtype,
-        BackendName::Reference | BackendName::CudaF32 => Some(Dtype::F32),
+    let (dtype, format) = match backend {
+        BackendName::Cuda => (Some(Dtype::Bf16), format),
+        BackendName::Cpu => (config.dtype, format),
+        BackendName::CudaF32 => (Some(Dtype::F32), format),
+        // What it quantises it keeps dequantised.
+        BackendName::Reference => (Some(Dtype::F32), WeightFormat::Stored),
     };
-    kept
+    kept.dtype = dtype;
+    (kept, format)
 }
 
 struct Bench<'a> {
@@ -146,6 +154,7 @@ struct Bench<'a> {
     model: &'a dyn LanguageModel,
     machine: &'a Machine,
     kept: &'a Config,
+    format: WeightFormat,
 }
 
 impl Bench<'_> {
@@ -163,7 +172,7 @@ impl Bench<'_> {
         let chunks = (0..prompt).step_by(tokens).map(|past| {
             let tokens = tokens.min(prompt - past);
             let outputs = usize::from(past + tokens == prompt);
-            Cost::new(self.kept, WeightFormat::Stored, state, &[Span { past, tokens, outputs }])
+            Cost::new(self.kept, self.format, state, &[Span { past, tokens, outputs }])
         });
         let limit = self.machine.limit(chunks.clone());
         let cost = chunks.sum();
@@ -219,7 +228,7 @@ impl Bench<'_> {
         // In the middle of what was measured.
         let past = past + generate + generate * runs / 2;
         let spans = vec![Span { past, tokens: 1, outputs: 1 }; batch];
-        let cost = Cost::new(self.kept, WeightFormat::Stored, state_bytes(&*runner), &spans);
+        let cost = Cost::new(self.kept, self.format, state_bytes(&*runner), &spans);
         let limit = self.machine.limit([cost]);
         let used = device_used(self.args.backend)?;
         Ok((Phase { name: "decode", batch, past, tokens: batch, seconds, cost, limit }, used))

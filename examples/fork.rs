@@ -7,6 +7,7 @@ use std::time::Instant;
 use clap::Parser;
 use jamba_core::{
     Error, GenerateOptions, Generator, Result, Sampling, Session, SessionOptions, Tokenizer,
+    WeightFormat,
 };
 use jamba_examples::{BackendName, demo_model, print, run};
 
@@ -49,6 +50,9 @@ struct Args {
     /// Where to run.
     #[arg(long, value_enum, default_value = "cpu")]
     backend: BackendName,
+    /// How to keep the weights: stored (as they are), experts-int8, int8 or int4.
+    #[arg(long, value_name = "FORMAT", default_value_t)]
+    quant: WeightFormat,
 }
 
 fn main() -> ExitCode {
@@ -57,7 +61,7 @@ fn main() -> ExitCode {
 
 fn fork(args: &Args) -> Result<()> {
     let folder = args.model.clone().unwrap_or_else(demo_model);
-    let model = args.backend.load(&folder)?;
+    let model = args.backend.load(&folder, args.quant)?;
     let tokenizer = Tokenizer::from_folder(&folder)?;
     let ids = tokenizer.encode(&args.prompt)?;
     let edit = tokenizer.encode_plain(&args.edit)?;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use jamba_core::{
     Error, FinishReason, GenerateOptions, Generator, Result, Sampling, SessionOptions, Tokenizer,
-    Usage,
+    Usage, WeightFormat,
 };
 use jamba_examples::{BackendName, demo_model, print, run};
 use serde_json::json;
@@ -71,6 +71,9 @@ struct Args {
     /// Where to run.
     #[arg(long, value_enum, default_value = "cpu")]
     backend: BackendName,
+    /// How to keep the weights: stored (as they are), experts-int8, int8 or int4.
+    #[arg(long, value_name = "FORMAT", default_value_t)]
+    quant: WeightFormat,
     /// Tokens of the prompt per step.
     #[arg(long, value_name = "N", default_value = "512")]
     chunk: std::num::NonZeroUsize,
@@ -105,7 +108,7 @@ fn generate(args: &Args) -> Result<()> {
     };
 
     let start = Instant::now();
-    let model = args.backend.load(&folder)?;
+    let model = args.backend.load(&folder, args.quant)?;
     let tokenizer = Tokenizer::from_folder(&folder)?;
     let load = start.elapsed();
 

@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
-use jamba_core::memory::{WeightFormat, kv_bytes, mamba_state_bytes, weight_bytes};
+use jamba_core::memory::{kv_bytes, mamba_state_bytes, weight_bytes};
 use jamba_core::preset;
 use jamba_core::schedule::{FeedForwardKind, MixerKind, ParamCount, Schedule};
 use jamba_core::weights::{ParamSpec, Weights};
-use jamba_core::{Checkpoint, Config, Dtype, ParamSource, Result, Role};
+use jamba_core::{Checkpoint, Config, Dtype, ParamSource, Result, Role, WeightFormat};
 use jamba_examples::{demo_model, print, run};
 
 /// Shows the schedule of a model's layers, its parameters in total and active, and the memory it
@@ -118,7 +118,7 @@ fn parameters(out: &mut String, config: &Config) {
     line!(out, "\nParameters: {} total, {} active", millions(count.total), millions(count.active));
     let parts: [(&str, &[Role]); 5] = [
         ("embedding and head", &[Role::Embedding, Role::Head]),
-        ("mixers", &[Role::Linear, Role::Conv, Role::A]),
+        ("mixers", &[Role::Linear, Role::Selection, Role::Conv, Role::A]),
         ("MLPs", &[Role::Mlp]),
         ("experts and routers", &[Role::Experts, Role::Router]),
         ("norms, biases, D", &[Role::Vector]),
@@ -134,30 +134,29 @@ fn parameters(out: &mut String, config: &Config) {
 }
 
 fn memory(out: &mut String, config: &Config, context: Option<usize>) {
-    line!(out, "\nWeights by format (those in int8 are to plan with: nothing runs them yet)");
+    line!(out, "\nWeights by format (--quant of the other examples)");
     for format in WeightFormat::ALL {
-        line!(out, "  {format:20} {:>12}", bytes(weight_bytes(config, format)));
+        let size = weight_bytes(config, format);
+        let bits = 8.0 * size as f64 / ParamCount::new(config).total as f64;
+        line!(out, "  {format:20} {:>12}  {bits:5.2} bits a weight", bytes(size));
     }
     let state = mamba_state_bytes(config, Dtype::Bf16.size());
     line!(out, "\nMamba state, any context {:>10} a sequence", bytes(state));
     line!(out, "The CPU backends keep keys, values and states in f32: twice the KV cache below.");
-    line!(out, "\nContext      KV cache, 16 bit   all, weights in bf16   all, in experts-int8");
+    let names = WeightFormat::ALL.map(|format| format!("{:>14}", format.name()));
+    line!(out, "\nAll together, by context and format of the weights");
+    line!(out, "   Context  KV cache, 16 bit{}", names.concat());
     let mut contexts = vec![4 << 10, 32 << 10, 128 << 10, 256 << 10, 1 << 20];
     contexts.extend(context);
     contexts.sort_unstable();
     contexts.dedup();
     for context in contexts {
         let kv = kv_bytes(config, context, Dtype::Bf16.size());
-        let all =
-            |format| bytes(weight_bytes(config, format).saturating_add(kv).saturating_add(state));
-        line!(
-            out,
-            "{:>10}   {:>16}   {:>20}   {:>20}",
-            thousands(context as u64),
-            bytes(kv),
-            all(WeightFormat::Bf16),
-            all(WeightFormat::ExpertsInt8),
-        );
+        let all = WeightFormat::ALL.map(|format| {
+            let all = weight_bytes(config, format).saturating_add(kv).saturating_add(state);
+            format!("{:>14}", bytes(all))
+        });
+        line!(out, "{:>10}  {:>16}{}", thousands(context as u64), bytes(kv), all.concat());
     }
 }
 

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
-use jamba_core::{Error, Result, SessionOptions, Tokenizer};
+use jamba_core::{Error, Result, SessionOptions, Tokenizer, WeightFormat};
 use jamba_examples::{BackendName, demo_model, print, run};
 use serde_json::json;
 
@@ -33,6 +33,9 @@ struct Args {
     /// Where to run.
     #[arg(long, value_enum, default_value = "cpu")]
     backend: BackendName,
+    /// How to keep the weights: stored (as they are), experts-int8, int8 or int4.
+    #[arg(long, value_name = "FORMAT", default_value_t)]
+    quant: WeightFormat,
     /// Print one JSON object: tokens, scored, mean_nll, perplexity.
     #[arg(long)]
     json: bool,
@@ -51,7 +54,7 @@ fn perplexity(args: &Args) -> Result<()> {
     let text = std::fs::read_to_string(&args.text)
         .map_err(|source| Error::Io { path: args.text.clone(), source })?;
     let folder = args.model.clone().unwrap_or_else(demo_model);
-    let model = args.backend.load(&folder)?;
+    let model = args.backend.load(&folder, args.quant)?;
     let ids = Tokenizer::from_folder(&folder)?.encode(&text)?;
     if ids.len() < 2 {
         return Err(Error::EmptyPrompt);

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use jamba_core::recording::Recording;
 use jamba_core::trace::Detail;
-use jamba_core::{Result, SessionOptions};
+use jamba_core::{Result, SessionOptions, WeightFormat};
 use jamba_examples::{BackendName, demo_model, parse_ids, run};
 
 /// Runs token ids as one prompt, then more of them one at a time, and writes every activation and
@@ -33,6 +33,9 @@ struct Args {
     /// Where to run.
     #[arg(long, value_enum, default_value = "cpu")]
     backend: BackendName,
+    /// How to keep the weights: stored (as they are), experts-int8, int8 or int4.
+    #[arg(long, value_name = "FORMAT", default_value_t)]
+    quant: WeightFormat,
     /// Run blocks as the backend fuses them; activations inside a fused block are not written.
     #[arg(long)]
     fused: bool,
@@ -47,7 +50,7 @@ fn main() -> ExitCode {
 
 fn trace(args: Args) -> Result<()> {
     let folder = args.model.unwrap_or_else(demo_model);
-    let model = args.backend.load(&folder)?;
+    let model = args.backend.load(&folder, args.quant)?;
     let prompt = args.ids.len().max(1);
     let chunk = args.chunk.map_or(prompt, |n| n.get().min(prompt));
     let context = prompt + args.decode.len();

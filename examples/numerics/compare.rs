@@ -8,6 +8,7 @@ use clap::{Parser, ValueEnum};
 use jamba_core::random::RandomParams;
 use jamba_core::{
     Backend, Batch, Checkpoint, Config, Dtype, Error, Limits, Model, Outputs, ParamSource, Result,
+    WeightFormat,
 };
 use jamba_cpu::{CpuBackend, ReferenceBackend};
 use jamba_examples::{demo_model, parse_ids, run};
@@ -30,6 +31,12 @@ struct Args {
     /// The backend that is compared with it.
     #[arg(long, value_enum, default_value = "cpu")]
     b: On,
+    /// How both keep the weights: stored (as they are), experts-int8, int8 or int4.
+    #[arg(long, value_name = "FORMAT", default_value_t)]
+    quant: WeightFormat,
+    /// How A keeps them, if otherwise: what a format does to each layer.
+    #[arg(long, value_name = "FORMAT")]
+    quant_a: Option<WeightFormat>,
     /// Folder with config.json and safetensors [default: the demo model].
     #[arg(long, value_name = "DIR", conflicts_with = "preset")]
     model: Option<PathBuf>,
@@ -81,15 +88,22 @@ impl On {
         config: &Config,
         source: &impl ParamSource,
         limits: Limits,
+        format: WeightFormat,
     ) -> Result<Box<dyn LayerRunner>> {
         match self {
+            Self::Oracle if format != WeightFormat::Stored => {
+                let what = format!("weights in {format}: the reference does");
+                Err(Error::Unsupported { backend: "oracle", what })
+            }
             Self::Oracle => layers(OracleBackend, config, source, limits),
-            Self::Reference => layers(ReferenceBackend, config, source, limits),
-            Self::Cpu => layers(CpuBackend::new(), config, source, limits),
+            Self::Reference => {
+                layers(ReferenceBackend::new().with_format(format), config, source, limits)
+            }
+            Self::Cpu => layers(CpuBackend::new().with_format(format), config, source, limits),
             #[cfg(feature = "cuda")]
-            Self::Cuda => layers(cuda(Precision::Bf16)?, config, source, limits),
+            Self::Cuda => layers(cuda(Precision::Bf16, format)?, config, source, limits),
             #[cfg(feature = "cuda")]
-            Self::CudaF32 => layers(cuda(Precision::F32)?, config, source, limits),
+            Self::CudaF32 => layers(cuda(Precision::F32, format)?, config, source, limits),
             #[cfg(not(feature = "cuda"))]
             Self::Cuda | Self::CudaF32 => Err(jamba_examples::without_cuda()),
         }
@@ -140,8 +154,8 @@ fn backends(args: &Args, config: &Config, source: &impl ParamSource) -> Result<(
     }
     let chunk = args.chunk.get().min(ids.len());
     let limits = Limits { slots: 1, context: ids.len(), tokens: chunk, outputs: chunk };
-    let mut a = args.a.load(config, source, limits)?;
-    let mut b = args.b.load(config, source, limits)?;
+    let mut a = args.a.load(config, source, limits, args.quant_a.unwrap_or(args.quant))?;
+    let mut b = args.b.load(config, source, limits, args.quant)?;
     let chunks = ids.chunks(chunk).enumerate();
     let batches: Vec<Batch> =
         chunks.map(|(i, ids)| Batch::single(0, i * chunk, ids, Outputs::All)).collect();

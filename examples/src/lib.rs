@@ -5,10 +5,13 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::ValueEnum;
-use jamba_core::{Config, Error, LanguageModel, Model, ParamSource, Result};
+use jamba_core::{Config, Error, LanguageModel, Model, ParamSource, Result, WeightFormat};
 use jamba_cpu::{CpuBackend, ReferenceBackend};
+#[cfg(feature = "cuda")]
+use jamba_cuda::Precision;
 
 pub mod machine;
+pub mod quality;
 
 /// The backends that an example can run on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -24,41 +27,46 @@ pub enum BackendName {
 }
 
 impl BackendName {
-    /// Loads a model folder.
+    /// Loads a model folder and keeps its weights in this format.
     ///
     /// # Errors
-    /// Those of [`Model::load`].
-    pub fn load(self, folder: &Path) -> Result<Box<dyn LanguageModel>> {
+    /// Those of [`Model::load`]; [`Error::Unsupported`] for a format that the backend lacks.
+    pub fn load(self, folder: &Path, format: WeightFormat) -> Result<Box<dyn LanguageModel>> {
         Ok(match self {
-            Self::Cpu => Box::new(Model::load(folder, CpuBackend::new())?),
-            Self::Reference => Box::new(Model::load(folder, ReferenceBackend)?),
+            Self::Cpu => Box::new(Model::load(folder, CpuBackend::new().with_format(format))?),
+            Self::Reference => {
+                Box::new(Model::load(folder, ReferenceBackend::new().with_format(format))?)
+            }
             #[cfg(feature = "cuda")]
-            Self::Cuda => Box::new(Model::load(folder, cuda(jamba_cuda::Precision::Bf16)?)?),
+            Self::Cuda => Box::new(Model::load(folder, cuda(Precision::Bf16, format)?)?),
             #[cfg(feature = "cuda")]
-            Self::CudaF32 => Box::new(Model::load(folder, cuda(jamba_cuda::Precision::F32)?)?),
+            Self::CudaF32 => Box::new(Model::load(folder, cuda(Precision::F32, format)?)?),
             #[cfg(not(feature = "cuda"))]
             Self::Cuda | Self::CudaF32 => return Err(without_cuda()),
         })
     }
 
-    /// A model of this shape, its parameters from any source.
+    /// A model of this shape, its parameters from any source, kept in this format.
     ///
     /// # Errors
-    /// Those of [`Model::new`].
+    /// Those of [`Model::new`]; [`Error::Unsupported`] for a format that the backend lacks.
     pub fn model(
         self,
         config: Config,
         source: &impl ParamSource,
+        format: WeightFormat,
     ) -> Result<Box<dyn LanguageModel>> {
         Ok(match self {
-            Self::Cpu => Box::new(Model::new(config, source, CpuBackend::new())?),
-            Self::Reference => Box::new(Model::new(config, source, ReferenceBackend)?),
-            #[cfg(feature = "cuda")]
-            Self::Cuda => Box::new(Model::new(config, source, cuda(jamba_cuda::Precision::Bf16)?)?),
-            #[cfg(feature = "cuda")]
-            Self::CudaF32 => {
-                Box::new(Model::new(config, source, cuda(jamba_cuda::Precision::F32)?)?)
+            Self::Cpu => {
+                Box::new(Model::new(config, source, CpuBackend::new().with_format(format))?)
             }
+            Self::Reference => {
+                Box::new(Model::new(config, source, ReferenceBackend::new().with_format(format))?)
+            }
+            #[cfg(feature = "cuda")]
+            Self::Cuda => Box::new(Model::new(config, source, cuda(Precision::Bf16, format)?)?),
+            #[cfg(feature = "cuda")]
+            Self::CudaF32 => Box::new(Model::new(config, source, cuda(Precision::F32, format)?)?),
             #[cfg(not(feature = "cuda"))]
             Self::Cuda | Self::CudaF32 => return Err(without_cuda()),
         })
@@ -81,8 +89,8 @@ impl std::fmt::Display for BackendName {
 /// # Errors
 /// What is missing, or what the card says.
 #[cfg(feature = "cuda")]
-pub fn cuda(precision: jamba_cuda::Precision) -> Result<jamba_cuda::CudaBackend> {
-    let options = jamba_cuda::CudaOptions { precision, ..Default::default() };
+pub fn cuda(precision: Precision, format: WeightFormat) -> Result<jamba_cuda::CudaBackend> {
+    let options = jamba_cuda::CudaOptions { precision, format, ..Default::default() };
     Ok(jamba_cuda::CudaBackend::with_options(options)?)
 }
 

@@ -65,7 +65,8 @@ impl Machine {
 
     #[cfg(feature = "cuda")]
     fn cuda(is_f32: bool) -> Result<Self> {
-        let backend = crate::cuda(jamba_cuda::Precision::default())?;
+        let backend =
+            crate::cuda(jamba_cuda::Precision::default(), jamba_core::WeightFormat::Stored)?;
         let probe = backend.probe()?;
         let (name, arch) = (backend.device_name(), backend.arch());
         let (what, rate) = match is_f32 {

@@ -249,7 +249,8 @@ fn bench_says_how_much_of_the_machine_is_used() {
 
     let random =
         ["--preset", "jamba-tales-11m", "--layers", "2", "--prompt", "0", "--generate", "0"];
-    let (out, _) = success(example("bench").args(random));
+    let (out, _) = success(example("bench").args(random).args(["--quant", "int4"]));
+    assert!(out.contains("weights int4, on cpu"), "{out}");
     assert!(out.contains("2 of 8 layers of jamba-tales-11m"), "{out}");
     refused(example("bench").args(["--preset", "gpt-2"]), &["gpt-2", "jamba-v0.1"]);
 }

@@ -11,6 +11,7 @@ use crate::compose;
 use crate::config::Config;
 use crate::error::Result;
 use crate::memory;
+use crate::quant::WeightFormat;
 use crate::sampler::{self, Sampled};
 use crate::tensor::Param;
 use crate::trace::Activation;
@@ -185,6 +186,13 @@ pub trait Backend: Sized {
 
     /// Short name for messages: `reference`, `cpu`, `cuda`.
     fn name(&self) -> &'static str;
+    /// The format in which [`upload`](Self::upload) keeps the weights; a state made in one is
+    /// refused in another.
+    ///
+    /// Provided: as they are stored.
+    fn weight_format(&self) -> WeightFormat {
+        WeightFormat::Stored
+    }
 
     // ---- memory ---------------------------------------------------------------------------
 
@@ -196,7 +204,9 @@ pub trait Backend: Sized {
         let _ = (config, need);
         Ok(())
     }
-    /// Takes one parameter. What [`Role`](crate::Role) calls a vector, conv or A stays f32.
+    /// Takes one parameter, and keeps it in the [`Layout`](crate::Layout) that
+    /// [`weight_format`](Self::weight_format) has for its role. What [`Role`](crate::Role) calls a
+    /// vector, conv or A stays f32.
     fn upload(&self, param: Param) -> Result<Self::Weight>;
     /// Allocates activations for up to `rows` rows; none is in use.
     fn alloc(&self, rows: usize, cols: usize) -> Result<Self::Tensor>;

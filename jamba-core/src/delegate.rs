@@ -35,6 +35,7 @@ macro_rules! delegate_backend {
     (|$this:ident| $inner:expr; operators) => {
         $crate::__delegate_methods! { |$this| $inner;
             fn name() -> &'static str;
+            fn weight_format() -> $crate::WeightFormat;
             fn upload(param: $crate::Param) -> $crate::Result<Self::Weight>;
             fn alloc(rows: usize, cols: usize) -> $crate::Result<Self::Tensor>;
             fn write(dst: &mut Self::Tensor, src: &[f32]) -> $crate::Result<()>;

@@ -11,6 +11,7 @@ use crate::compose;
 use crate::config::Config;
 use crate::error::{Error, Result, at_least_one};
 use crate::fingerprint::{Fingerprint, Hasher};
+use crate::quant::WeightFormat;
 use crate::sampler::{self, Sampled};
 use crate::session::{Session, SessionOptions};
 use crate::trace::{Detail, Listener, Traced};
@@ -99,7 +100,10 @@ pub trait LanguageModel: Send + Sync {
     /// Name of the backend.
     fn backend_name(&self) -> &'static str;
 
-    /// Tells this model from others.
+    /// How the weights are kept.
+    fn weight_format(&self) -> WeightFormat;
+
+    /// Tells this model from others, whatever the format of its weights.
     fn fingerprint(&self) -> Fingerprint;
 
     /// Allocates scratch and state for steps of up to `limits`.
@@ -124,6 +128,10 @@ impl<B: Backend + Send + Sync + 'static> LanguageModel for Model<B> {
 
     fn backend_name(&self) -> &'static str {
         self.inner.backend.name()
+    }
+
+    fn weight_format(&self) -> WeightFormat {
+        self.inner.backend.weight_format()
     }
 
     fn fingerprint(&self) -> Fingerprint {
@@ -253,6 +261,11 @@ pub trait Runner: Send {
 
     /// Tells the model from others.
     fn fingerprint(&self) -> Fingerprint;
+
+    /// [`Backend::weight_format`]. Provided: as they are stored.
+    fn weight_format(&self) -> WeightFormat {
+        WeightFormat::Stored
+    }
 
     /// [`Backend::sequence_bytes`].
     fn sequence_bytes(&self, positions: usize) -> u64;
@@ -404,6 +417,10 @@ impl<B: Backend + Send + Sync + 'static> Runner for ModelRunner<B> {
 
     fn fingerprint(&self) -> Fingerprint {
         self.model.fingerprint()
+    }
+
+    fn weight_format(&self) -> WeightFormat {
+        self.model.backend().weight_format()
     }
 
     fn sequence_bytes(&self, positions: usize) -> u64 {

@@ -10,7 +10,6 @@ use std::ops::Range;
 use std::sync::{Arc, Weak};
 
 use crate::backend::StatePart;
-use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, essentials};
 use crate::model::Runner;
@@ -37,14 +36,16 @@ struct Value {
 #[derive(Clone, PartialEq)]
 struct Origin {
     fingerprint: Fingerprint,
-    /// [`essentials`] of its configuration.
+    /// [`essentials`] of its configuration, and the format of its weights.
     config: Vec<(String, String)>,
 }
 
 impl Origin {
-    fn new(fingerprint: Fingerprint, config: &Config) -> Self {
-        let config = essentials(config).into_iter().map(|(name, v)| (name.into(), v)).collect();
-        Self { fingerprint, config }
+    fn of(runner: &dyn Runner) -> Self {
+        let mut config = essentials(runner.config());
+        config.push(("weight_format", runner.weight_format().to_string()));
+        let config = config.into_iter().map(|(name, v)| (name.into(), v)).collect();
+        Self { fingerprint: runner.fingerprint(), config }
     }
 
     /// Names what differs in the model that the state is to go on with.
@@ -192,7 +193,7 @@ impl Snapshot {
 
     /// Whether the model of `runner` can go on from it in a slot of its size.
     pub(crate) fn check(&self, runner: &dyn Runner) -> Result<()> {
-        self.0.origin.check(&Origin::new(runner.fingerprint(), runner.config()))?;
+        self.0.origin.check(&Origin::of(runner))?;
         let (needed, allocated) = (self.position(), runner.limits().context);
         if needed > allocated {
             return Err(Error::Context { needed, allocated });
@@ -277,7 +278,7 @@ impl Lineage {
             spans.push(Span { positions: new.len(), segment });
         }
         self.set(&spans);
-        let origin = Origin::new(runner.fingerprint(), runner.config());
+        let origin = Origin::of(runner);
         let (tokens, steps) = (tokens.to_vec(), steps.to_vec());
         Ok(Snapshot(Arc::new(Value { origin, tokens, steps, spans, checkpoint })))
     }

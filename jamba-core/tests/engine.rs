@@ -164,7 +164,7 @@ fn two_thousand_requests_through_eight_slots() {
 #[test]
 fn requests_are_as_alone_on_the_reference() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../jamba-tests/golden/odd-shapes");
-    let model = Model::load(folder, ReferenceBackend).unwrap();
+    let model = Model::load(folder, ReferenceBackend::new()).unwrap();
     let engine = Engine::new(&model, &tokenizer(), SMALL).unwrap();
     soak(&model, &engine, 60, 5);
 }

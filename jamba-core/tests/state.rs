@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use jamba_core::schedule::{MixerKind, Schedule};
 use jamba_core::{
     Error, GenerateOptions, Generator, LanguageModel, Model, Rewound, Sampling, Session,
-    SessionOptions, Snapshot, StatePart, Tokenizer, generate_ids,
+    SessionOptions, Snapshot, StatePart, Tokenizer, WeightFormat, generate_ids,
 };
 use jamba_cpu::{CpuBackend, ReferenceBackend};
 use proptest::prelude::*;
@@ -185,7 +185,7 @@ fn any_interleaving_equals_a_fresh_run_on_the_cpu() {
 
 #[test]
 fn any_interleaving_equals_a_fresh_run_on_the_reference() {
-    let model = Model::load(golden("reasoning-dense"), ReferenceBackend).unwrap();
+    let model = Model::load(golden("reasoning-dense"), ReferenceBackend::new()).unwrap();
     any_interleaving(&model, 12);
 }
 
@@ -294,11 +294,29 @@ fn a_bad_file_changes_nothing() {
     let options = SessionOptions { context: 3, chunk: 3, outputs: 1 };
     let error = model.session(options).unwrap().load(&path).unwrap_err();
     assert!(matches!(error, Error::Context { needed: 4, allocated: 3 }), "{error}");
-    let reference = Model::load(golden("paper-block"), ReferenceBackend).unwrap();
+    let reference = Model::load(golden("paper-block"), ReferenceBackend::new()).unwrap();
     let mut s = session(&reference, 16);
     s.load(&path).unwrap();
     s.append(&[8]).unwrap();
     assert_eq!(s.tokens(), [4, 5, 6, 7, 8]);
+
+    // The same model in another format would go on with other numbers.
+    for format in [WeightFormat::ExpertsInt8, WeightFormat::Int8, WeightFormat::Int4] {
+        let quantised =
+            Model::load(golden("paper-block"), CpuBackend::new().with_format(format)).unwrap();
+        assert_eq!(quantised.fingerprint(), model.fingerprint());
+        let message = session(&quantised, 16).load(&path).unwrap_err().to_string();
+        for part in ["weight_format", "stored", format.name()] {
+            assert!(message.contains(part), "{message}");
+        }
+        let mut s = session(&quantised, 16);
+        s.append(&[4, 5]).unwrap();
+        let own = folder.path().join("own.safetensors");
+        s.save(&own).unwrap();
+        session(&quantised, 16).load(&own).unwrap();
+        let message = session(&*model, 16).load(&own).unwrap_err().to_string();
+        assert!(message.contains("weight_format"), "{message}");
+    }
     let left = std::fs::read_dir(folder.path()).unwrap();
     assert!(left.into_iter().all(|e| !e.unwrap().path().to_string_lossy().ends_with(".tmp")));
 }

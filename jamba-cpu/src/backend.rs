@@ -5,7 +5,7 @@ use std::ops::Range;
 use jamba_core::backend::{Backend, CausalConv1d, Cols, Limits, Scratch, SelectiveScan, StatePart};
 use jamba_core::shape::{self, Shaped};
 use jamba_core::weights::{Moe, Weights};
-use jamba_core::{Batch, Config, Error, Param, Result, compose};
+use jamba_core::{Batch, Config, Error, Param, Result, WeightFormat, compose};
 
 use crate::simd::Isa;
 use crate::state::State;
@@ -13,7 +13,8 @@ use crate::tensor::{Tensor, View};
 use crate::weight::Weight;
 use crate::{attention, conv1d, elementwise, linear, moe, norm, scan};
 
-/// The fast CPU path: rayon and SIMD, weights in their stored dtype, mapped where they are.
+/// The fast CPU path: rayon and SIMD, weights in their stored dtype and mapped where they are, or
+/// quantised ([`with_format`](Self::with_format)).
 ///
 /// Work is spread over the rayon pool of the calling thread, the global one if it has none. A
 /// result does not depend on the number of threads, on how a prompt is cut into chunks, or on
@@ -21,17 +22,26 @@ use crate::{attention, conv1d, elementwise, linear, moe, norm, scan};
 #[derive(Clone, Copy)]
 pub struct CpuBackend {
     isa: Isa,
+    format: WeightFormat,
 }
 
 impl CpuBackend {
     /// A backend on the best instruction set that this machine has.
     pub fn new() -> Self {
-        Self { isa: Isa::detect() }
+        Self { isa: Isa::detect(), format: WeightFormat::Stored }
+    }
+
+    /// The same with weights kept in this format: quantised as they are loaded, by the threads of
+    /// the rayon pool.
+    #[must_use]
+    pub fn with_format(self, format: WeightFormat) -> Self {
+        Self { format, ..self }
     }
 
     /// One backend for each instruction set that this machine has, best first.
     pub fn all() -> Vec<Self> {
-        Isa::available().into_iter().map(|isa| Self { isa }).collect()
+        let of = |isa| Self { isa, format: WeightFormat::Stored };
+        Isa::available().into_iter().map(of).collect()
     }
 
     /// The instruction set: `avx512`, `avx2` or `portable`.
@@ -48,7 +58,7 @@ impl Default for CpuBackend {
 
 impl std::fmt::Debug for CpuBackend {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "CpuBackend({})", self.isa())
+        write!(f, "CpuBackend({}, weights {})", self.isa(), self.format)
     }
 }
 
@@ -61,8 +71,12 @@ impl Backend for CpuBackend {
         "cpu"
     }
 
+    fn weight_format(&self) -> WeightFormat {
+        self.format
+    }
+
     fn upload(&self, param: Param) -> Result<Weight> {
-        Weight::new(param)
+        Weight::new(param, self.format)
     }
 
     fn alloc(&self, rows: usize, cols: usize) -> Result<Tensor> {

@@ -36,6 +36,16 @@ pub(crate) fn linear(
             Rows::F32(w) => with_simd!(isa, s => products(s, x, w, bias, &mut block, at)),
             Rows::F16(w) => with_simd!(isa, s => products(s, x, w, bias, &mut block, at)),
             Rows::Bf16(w) => with_simd!(isa, s => products(s, x, w, bias, &mut block, at)),
+            // Eight rows at a time become f32: what the tiles of one token take.
+            Rows::Packed(weights, rows) => {
+                let mut tile = vec![0.0; 8 * x.cols];
+                for first in rows.clone().step_by(8) {
+                    let some = first..rows.end.min(first + 8);
+                    let (tile, at) = (&mut tile[..some.len() * x.cols], at + first - rows.start);
+                    Rows::Packed(weights, some).widen(tile);
+                    with_simd!(isa, s => products(s, x, tile, bias, &mut block, at));
+                }
+            }
         });
         debug_assert!(done.is_ok());
     });

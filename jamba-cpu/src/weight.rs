@@ -1,8 +1,10 @@
 //! Parameters in the form that the kernels want.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 use jamba_core::shape::Shaped;
-use jamba_core::{Dtype, Error, HostTensor, Param, Result, Role};
+use jamba_core::{Dtype, Error, HostTensor, Layout, Param, Quantized, Result, Role, WeightFormat};
 
 /// Rows of per-channel tables are padded to a multiple of the widest vector.
 pub(crate) const PAD: usize = 16;
@@ -16,6 +18,8 @@ pub struct Weight {
 enum Form {
     /// A matrix as it is stored, in pieces laid one below the other.
     Matrix(Vec<Piece>),
+    /// A quantised matrix.
+    Packed(Quantized),
     /// A vector.
     Vector(Vec<f32>),
     /// The transpose `(cols, rows)`, its rows padded with zeros to a multiple of [`PAD`]: what
@@ -37,16 +41,17 @@ enum Values {
     Bf16(Vec<bf16>),
 }
 
-/// Rows of a matrix in one dtype.
-#[derive(Clone, Copy)]
+/// Rows of a matrix in one dtype, or quantised.
 pub(crate) enum Rows<'a> {
     F32(&'a [f32]),
     F16(&'a [f16]),
     Bf16(&'a [bf16]),
+    /// These rows of it.
+    Packed(&'a Quantized, Range<usize>),
 }
 
 impl Weight {
-    pub(crate) fn new(param: Param) -> Result<Self> {
+    pub(crate) fn new(param: Param, format: WeightFormat) -> Result<Self> {
         let shape @ [rows, cols] = param.matrix_shape();
         let held: usize = param.parts.iter().map(|p| p.shape().iter().product::<usize>()).sum();
         if held != rows * cols {
@@ -62,9 +67,12 @@ impl Weight {
             | Role::Selection
             | Role::Router
             | Role::Experts
-            | Role::Mlp => {
-                Form::Matrix(param.parts.into_iter().map(|p| Piece::new(p, cols)).collect())
-            }
+            | Role::Mlp => match format.layout(param.role) {
+                Layout::Packed(packing) => Form::Packed(Quantized::new(&param, packing)?),
+                Layout::F32 | Layout::Stored => {
+                    Form::Matrix(param.parts.into_iter().map(|p| Piece::new(p, cols)).collect())
+                }
+            },
         };
         Ok(Self { shape, form })
     }
@@ -93,7 +101,16 @@ impl Weight {
         len: usize,
         mut f: impl FnMut(usize, Rows<'a>),
     ) -> Result<()> {
-        let Form::Matrix(pieces) = &self.form else { return Err(other_form("a matrix")) };
+        let pieces = match &self.form {
+            Form::Matrix(pieces) => pieces,
+            Form::Packed(weights) => {
+                if len > 0 {
+                    f(0, Rows::Packed(weights, start..start + len));
+                }
+                return Ok(());
+            }
+            Form::Vector(_) | Form::Transposed(_) => return Err(other_form("a matrix")),
+        };
         let cols = self.shape[1];
         let mut first = 0;
         for piece in pieces {
@@ -101,7 +118,7 @@ impl Weight {
             let to = (start + len).min(first + piece.rows);
             if from < to {
                 let range = (from - first) * cols..(to - first) * cols;
-                f(from - start, piece.rows().slice(range));
+                f(from - start, piece.rows(range));
             }
             first += piece.rows;
         }
@@ -128,16 +145,17 @@ impl Piece {
         Self { rows, values }
     }
 
-    fn rows(&self) -> Rows<'_> {
+    /// Some of its elements.
+    fn rows(&self, elements: Range<usize>) -> Rows<'_> {
         match &self.values {
             Values::Stored(tensor) => match tensor.dtype() {
-                Dtype::F32 => Rows::F32(bytemuck::cast_slice(tensor.bytes())),
-                Dtype::F16 => Rows::F16(bytemuck::cast_slice(tensor.bytes())),
-                Dtype::Bf16 => Rows::Bf16(bytemuck::cast_slice(tensor.bytes())),
+                Dtype::F32 => Rows::F32(&bytemuck::cast_slice(tensor.bytes())[elements]),
+                Dtype::F16 => Rows::F16(&bytemuck::cast_slice(tensor.bytes())[elements]),
+                Dtype::Bf16 => Rows::Bf16(&bytemuck::cast_slice(tensor.bytes())[elements]),
             },
-            Values::F32(values) => Rows::F32(values),
-            Values::F16(values) => Rows::F16(values),
-            Values::Bf16(values) => Rows::Bf16(values),
+            Values::F32(values) => Rows::F32(&values[elements]),
+            Values::F16(values) => Rows::F16(&values[elements]),
+            Values::Bf16(values) => Rows::Bf16(&values[elements]),
         }
     }
 }
@@ -146,21 +164,17 @@ fn copied<T>(bytes: &[u8], from_bits: impl Fn(u16) -> T) -> Vec<T> {
     bytes.as_chunks().0.iter().map(|b| from_bits(u16::from_le_bytes(*b))).collect()
 }
 
-impl<'a> Rows<'a> {
-    fn slice(self, range: std::ops::Range<usize>) -> Self {
-        match self {
-            Self::F32(v) => Self::F32(&v[range]),
-            Self::F16(v) => Self::F16(&v[range]),
-            Self::Bf16(v) => Self::Bf16(&v[range]),
-        }
-    }
-
+impl Rows<'_> {
     /// The values as f32.
     pub(crate) fn widen(self, to: &mut [f32]) {
         match self {
             Self::F32(v) => to.copy_from_slice(v),
             Self::F16(v) => to.iter_mut().zip(v).for_each(|(to, v)| *to = v.to_f32()),
             Self::Bf16(v) => to.iter_mut().zip(v).for_each(|(to, v)| *to = v.to_f32()),
+            Self::Packed(weights, rows) => {
+                let to = to.chunks_exact_mut(weights.shape()[1].max(1));
+                rows.zip(to).for_each(|(row, to)| weights.dequantize_row(row, to));
+            }
         }
     }
 }

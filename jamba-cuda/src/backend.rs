@@ -9,7 +9,7 @@ use jamba_core::backend::{
 use jamba_core::schedule::Schedule;
 use jamba_core::shape::{self, Shaped};
 use jamba_core::weights::{Mamba, Mlp, Moe};
-use jamba_core::{Batch, Config, Param, Result, Sampled};
+use jamba_core::{Batch, Config, Param, Result, Sampled, WeightFormat};
 
 use crate::blocks;
 use crate::cache::Cache;
@@ -66,9 +66,13 @@ impl CudaBackend {
     /// Opens a card and makes the kernels ready that do not depend on a model's sizes.
     ///
     /// # Errors
+    /// [`Error::Format`] for weights other than as stored;
     /// [`Error::Missing`] without driver, NVRTC or cuBLASLt; [`Error::NoDevice`];
     /// [`Error::Architecture`] for a card before sm_80; [`Error::Compile`]; [`Error::Driver`].
     pub fn with_options(options: CudaOptions) -> Result<Self, Error> {
+        if options.format != WeightFormat::Stored {
+            return Err(Error::Format(options.format));
+        }
         libraries::driver()?;
         libraries::nvrtc()?;
         libraries::cublaslt()?;
@@ -113,7 +117,10 @@ impl CudaBackend {
         // Memory that was freed goes back when the stream is waited for.
         self.synchronize()?;
         let (free, _) = self.device.memory()?;
-        Ok(Plan { free: Some(free as u64), ..Plan::new(config, limits, self.precision()) })
+        Ok(Plan {
+            free: Some(free as u64),
+            ..Plan::new(config, limits, self.precision(), WeightFormat::Stored)
+        })
     }
 
     /// Waits for everything on the stream.

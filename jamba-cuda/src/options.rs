@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use jamba_core::WeightFormat;
+
 /// In which precision weights are kept and matrix products computed. Activations between
 /// operators, states, and everything that is not a matrix product are f32 in both.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -47,6 +49,8 @@ pub struct CudaOptions {
     pub ordinal: usize,
     /// Precision of weights and matrix products.
     pub precision: Precision,
+    /// How matrices are kept: in the precision where the format says as stored.
+    pub format: WeightFormat,
     /// Where compiled kernels are kept.
     pub cache: KernelCache,
 }

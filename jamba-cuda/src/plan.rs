@@ -4,7 +4,7 @@ use std::fmt;
 
 use jamba_core::schedule::Schedule;
 use jamba_core::weights::Weights;
-use jamba_core::{Config, Limits, memory};
+use jamba_core::{Config, Dtype, Layout, Limits, WeightFormat, memory};
 
 use crate::error::{Error, Result};
 use crate::ops::{attention, cublas, greedy, moe};
@@ -29,13 +29,23 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The plan for a model of `config` and a runner with these limits. Needs no device.
-    pub fn new(config: &Config, limits: &Limits, precision: Precision) -> Self {
+    /// The plan for a model of `config` and a runner with these limits, weights kept in `format`.
+    /// Needs no device.
+    pub fn new(
+        config: &Config,
+        limits: &Limits,
+        precision: Precision,
+        format: WeightFormat,
+    ) -> Self {
         let mut weights = 0;
         Weights::layout(config).for_each(|spec| {
-            let cols = spec.shape.last().map_or(1, |&n| n as u64);
-            let rows = spec.elements().checked_div(cols).unwrap_or(0);
-            weights += weight::bytes(spec.role, rows, cols, precision);
+            weights += match format.layout(spec.role) {
+                layout @ Layout::Packed(_) => layout.bytes(spec.matrix_shape(), Dtype::Bf16),
+                Layout::F32 | Layout::Stored => {
+                    let [rows, cols] = spec.matrix_shape();
+                    weight::bytes(spec.role, rows, cols, precision)
+                }
+            };
         });
         let slots = limits.slots as u64;
         let staged = (state::staged_words(limits) as u64).saturating_mul(4);
@@ -149,7 +159,7 @@ mod tests {
     #[test]
     fn the_3b_is_what_its_shape_says() {
         let config = Config::preset("jamba-reasoning-3b").unwrap();
-        let plan = Plan::new(&config, &LIMITS, Precision::Bf16);
+        let plan = Plan::new(&config, &LIMITS, Precision::Bf16, WeightFormat::Stored);
         // 3.03 parameters of 2 bytes; 64 MiB of KV cache and 9.65 MiB of states per slot.
         assert!((6.0..6.2).contains(&(plan.weights as f64 / 1e9)), "{plan}");
         assert!((147.0..148.0).contains(&(plan.state as f64 / f64::from(1 << 20))), "{plan}");
@@ -169,9 +179,21 @@ mod tests {
             let (slots, context, tokens) = (usize::MAX, usize::MAX, usize::MAX);
             let limits = Limits { slots, context, tokens, outputs: usize::MAX };
             for precision in [Precision::Bf16, Precision::F32] {
-                let plan = Plan::new(&config, &limits, precision);
+                let plan = Plan::new(&config, &limits, precision, WeightFormat::Stored);
                 assert_eq!(plan.total(), u64::MAX);
                 assert!(Plan { free: Some(1 << 40), ..plan }.check().is_err());
+            }
+        }
+    }
+
+    /// The shapes of the published models need no padding, so that both count the same.
+    #[test]
+    fn weights_are_those_of_their_format() {
+        for name in ["jamba-v0.1", "jamba-reasoning-3b"] {
+            let config = Config::preset(name).unwrap();
+            for format in WeightFormat::ALL {
+                let plan = Plan::new(&config, &LIMITS, Precision::Bf16, format);
+                assert_eq!(plan.weights, memory::weight_bytes(&config, format), "{name} {format}");
             }
         }
     }
@@ -179,8 +201,8 @@ mod tests {
     #[test]
     fn f32_takes_twice_the_matrices() {
         let config = Config::preset("jamba-tales-11m").unwrap();
-        let [bf16, f32] =
-            [Precision::Bf16, Precision::F32].map(|p| Plan::new(&config, &LIMITS, p).weights);
+        let [bf16, f32] = [Precision::Bf16, Precision::F32]
+            .map(|p| Plan::new(&config, &LIMITS, p, WeightFormat::Stored).weights);
         assert!((1.9..2.0).contains(&(f32 as f64 / bf16 as f64)), "{f32} and {bf16}");
     }
 }

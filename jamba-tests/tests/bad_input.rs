@@ -347,7 +347,7 @@ fn a_context_that_does_not_fit_the_machine() {
     let folder = golden("paper-block");
     let models: [Box<dyn LanguageModel>; 2] = [
         Box::new(load(&folder).unwrap()),
-        Box::new(Model::load(&folder, ReferenceBackend).unwrap()),
+        Box::new(Model::load(&folder, ReferenceBackend::new()).unwrap()),
     ];
     for model in models {
         for context in [usize::MAX, usize::MAX / 4, 1 << 50] {

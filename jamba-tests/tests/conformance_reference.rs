@@ -2,4 +2,4 @@
 
 use jamba_cpu::ReferenceBackend;
 
-jamba_tests::conformance!(ReferenceBackend);
+jamba_tests::conformance!(ReferenceBackend::new());

@@ -24,7 +24,7 @@ fn ids(value: &Value) -> Vec<u32> {
 
 fn backends() -> Vec<Box<dyn LanguageModel>> {
     let mut all: Vec<Box<dyn LanguageModel>> =
-        vec![Box::new(Model::load(folder(), ReferenceBackend).unwrap())];
+        vec![Box::new(Model::load(folder(), ReferenceBackend::new()).unwrap())];
     for backend in CpuBackend::all() {
         all.push(Box::new(Model::load(folder(), backend).unwrap()));
     }

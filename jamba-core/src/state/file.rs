@@ -53,8 +53,8 @@ impl Entry {
 impl Snapshot {
     /// Writes the state to a safetensors file, F32: `tokens`, `logits`, and the parts
     /// `state.I.{conv (d_inner, d_conv - 1), ssm (d_inner, d_state), k, v (kv_heads, tokens,
-    /// head_dim)}`. The header names the format, the model's fingerprint and configuration, and a
-    /// checksum.
+    /// head_dim)}`. The header names the format, the model's fingerprint, configuration and weight
+    /// format, and a checksum.
     ///
     /// The file appears whole or not at all: it is written beside its place, brought to the disk,
     /// and then renamed. A file that was there is replaced.

@@ -17,14 +17,30 @@ use std::ops::Range;
 use jamba_core::backend::{Backend, CausalConv1d, Cols, Limits, SelectiveScan, StatePart};
 use jamba_core::shape::{self, Shaped};
 use jamba_core::weights::Moe;
-use jamba_core::{Batch, Config, Error, Param, Result};
+use jamba_core::{Batch, Config, Error, Layout, Param, Quantized, Result, WeightFormat};
 use ndarray::{Array2, ArrayView1, ArrayView2, s};
 
 pub use state::ReferenceState;
 
 /// The readable backend, and the one that others are held to.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct ReferenceBackend;
+pub struct ReferenceBackend {
+    format: WeightFormat,
+}
+
+impl ReferenceBackend {
+    /// With weights as they are stored.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// With the values that weights have in this format. They are quantised as they are loaded,
+    /// and kept dequantised in f32, which holds them exactly.
+    #[must_use]
+    pub fn with_format(self, format: WeightFormat) -> Self {
+        Self { format }
+    }
+}
 
 /// Row-major f32 values with a maximum of rows.
 #[derive(Clone, Debug)]
@@ -84,12 +100,23 @@ impl Backend for ReferenceBackend {
         "reference"
     }
 
+    fn weight_format(&self) -> WeightFormat {
+        self.format
+    }
+
     fn upload(&self, param: Param) -> Result<Parameter> {
         let [rows, cols] = param.matrix_shape();
         let got = [param.parts.iter().map(|p| p.shape().iter().product::<usize>()).sum(), 1];
-        Array2::from_shape_vec((rows, cols), param.to_f32())
-            .map(Parameter)
-            .map_err(|_| Error::Shape { op: "upload", what: "parts", expected: [rows, cols], got })
+        let values = match self.format.layout(param.role) {
+            Layout::Packed(packing) => Quantized::new(&param, packing)?.dequantize(),
+            Layout::F32 | Layout::Stored => param.to_f32(),
+        };
+        Array2::from_shape_vec((rows, cols), values).map(Parameter).map_err(|_| Error::Shape {
+            op: "upload",
+            what: "parts",
+            expected: [rows, cols],
+            got,
+        })
     }
 
     fn alloc(&self, rows: usize, cols: usize) -> Result<Matrix> {

@@ -38,7 +38,7 @@ pub(crate) fn anywhere() -> Vec<Trial> {
 }
 
 fn options(ordinal: usize) -> CudaOptions {
-    CudaOptions { ordinal, cache: cache(), precision: Precision::Bf16 }
+    CudaOptions { ordinal, cache: cache(), ..CudaOptions::default() }
 }
 
 fn check(holds: bool, otherwise: impl Into<Failed>) -> Result<(), Failed> {

@@ -141,7 +141,7 @@ fn chunked(precision: Precision, _: &str) -> Result<(), Failed> {
     if whole.iter().zip(&again).any(|(a, b)| a.to_bits() != b.to_bits()) {
         return Err("a second run has other bits".into());
     }
-    let reference = Model::new(config, &Random(5), ReferenceBackend)?;
+    let reference = Model::new(config, &Random(5), ReferenceBackend::new())?;
     let expected = last_logits(&reference, &tokens, tokens.len())?;
     let (element, rms) = close("reference", &whole, &expected, &bounds(precision))?;
     println!("{precision:?} whole model: element {element:.1e}, rms {rms:.1e}");

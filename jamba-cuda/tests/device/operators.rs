@@ -339,7 +339,7 @@ pub(crate) fn trials(backend: Option<&'static CudaBackend>) -> Vec<Trial> {
                 let precision = if rounds { backend.precision() } else { Precision::F32 };
                 let tolerance = tolerance(precision);
                 let got = run(backend, sizes, operator)?;
-                let expected = run(&ReferenceBackend, sizes, operator)?;
+                let expected = run(&ReferenceBackend::new(), sizes, operator)?;
                 let mut worst = (0f64, 0f64);
                 for ((name, got), (_, expected)) in got.iter().zip(&expected) {
                     let (element, rms) = close(name, got, expected, &tolerance)?;

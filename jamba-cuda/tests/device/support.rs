@@ -95,7 +95,7 @@ pub(crate) fn cache() -> KernelCache {
 
 /// The first card.
 pub(crate) fn open(precision: Precision) -> jamba_cuda::Result<CudaBackend> {
-    CudaBackend::with_options(CudaOptions { precision, cache: cache(), ordinal: 0 })
+    CudaBackend::with_options(CudaOptions { precision, cache: cache(), ..CudaOptions::default() })
 }
 
 /// The root of the project.
