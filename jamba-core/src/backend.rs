@@ -13,6 +13,7 @@ use crate::error::Result;
 use crate::memory;
 use crate::quant::WeightFormat;
 use crate::sampler::{self, Sampled};
+use crate::shape;
 use crate::tensor::Param;
 use crate::trace::Activation;
 use crate::transfer;
@@ -173,8 +174,9 @@ impl<T> Scratch<T> {
 /// end, without padding, each continuing from the state in its slot. There is no separate entry
 /// for prompts and single tokens. A run of length zero is allowed and changes nothing.
 ///
-/// An operator returns [`Error::Shape`](crate::Error::Shape) for operands that do not fit, sets
-/// the row count of what it writes, and writes all of it.
+/// An operator returns [`Error::Shape`](crate::Error::Shape) for operands that do not fit
+/// ([`shape`](crate::shape) tells which do) and then leaves its results and the state as they
+/// were. Otherwise it sets the row count of what it writes, and writes all of it.
 pub trait Backend: Sized {
     /// Row-major f32 activations of `(rows, columns)` on the device, allocated for a maximum
     /// of rows. (The precision in which a backend keeps them is its own matter.)
@@ -261,6 +263,7 @@ pub trait Backend: Sized {
         slot: usize,
         positions: Range<usize>,
     ) -> Result<Vec<f32>> {
+        transfer::check(&positions)?;
         let all = self.read_state(state, layer, part, slot, positions.end)?;
         Ok(transfer::cut(&all, config.num_key_value_heads, positions.end, positions))
     }
@@ -277,6 +280,8 @@ pub trait Backend: Sized {
         positions: Range<usize>,
         values: &[f32],
     ) -> Result<()> {
+        transfer::check(&positions)?;
+        shape::positions(values.len(), config, positions.len())?;
         let before = self.read_state(state, layer, part, slot, positions.start)?;
         let all = transfer::join(&[&before, values], config.num_key_value_heads);
         self.write_state(state, layer, part, slot, positions.end, &all)

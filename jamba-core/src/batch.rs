@@ -15,6 +15,15 @@ pub struct Run {
     pub len: usize,
 }
 
+/// Where one token of a [`Batch`] belongs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// State slot of its sequence.
+    pub slot: usize,
+    /// Its position in its sequence: how many tokens come before it.
+    pub position: usize,
+}
+
 /// Which tokens of a run get logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outputs {
@@ -75,6 +84,16 @@ impl Batch {
     /// The runs, in the order of their tokens.
     pub fn runs(&self) -> &[Run] {
         &self.runs
+    }
+
+    /// Every token's slot and its position in its sequence, in the order of
+    /// [`tokens`](Self::tokens).
+    pub fn places(&self) -> impl Iterator<Item = Place> {
+        let of = |run: &Run| {
+            let Run { slot, position, len } = *run;
+            (position..position + len).map(move |position| Place { slot, position })
+        };
+        self.runs.iter().flat_map(of)
     }
 
     /// Indices into [`tokens`](Self::tokens) of those that get logits, ascending.

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::tensor::Role;
+
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -157,6 +159,18 @@ pub enum Error {
         /// Given (rows, columns).
         got: [usize; 2],
     },
+    /// A parameter was given where one of another kind is needed.
+    #[error("{op}: {what} is a parameter of role {got:?}, {expected} is needed")]
+    Role {
+        /// Operator.
+        op: &'static str,
+        /// Operand.
+        what: &'static str,
+        /// What is needed.
+        expected: &'static str,
+        /// What the parameter given is for.
+        got: Role,
+    },
     /// A token id is beyond the vocabulary.
     #[error("token id {id} (number {index} of the input) is beyond the vocabulary of {vocab_size}")]
     Token {
@@ -183,6 +197,14 @@ pub enum Error {
         needed: usize,
         /// Tokens that fit.
         allocated: usize,
+    },
+    /// A layer was taken for one of another kind, or is not there.
+    #[error("layer {layer} of the model has no {what}")]
+    Layer {
+        /// The layer.
+        layer: usize,
+        /// What was asked of it.
+        what: String,
     },
     /// A batch does not fit the session it was given to.
     #[error("batch: {what} is {got}, {allowed}")]

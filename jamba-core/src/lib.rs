@@ -38,6 +38,7 @@
 //! | [`checkpoint`], [`weights`], [`tensor`], [`random`] | parameters and where they come from |
 //! | [`quant`] | parameters in fewer bits |
 //! | [`backend`], [`shape`], [`batch`] | the contract with a device |
+//! | [`host`] | memory and functions for backends that compute on the host |
 //! | [`compose`] | the model in operators: each equation's place |
 //! | [`model`], [`session`] | weights, scratch and state together |
 //! | [`state`], [`fingerprint`] | states as values, and which model they are of |
@@ -74,6 +75,7 @@ pub mod engine;
 pub mod error;
 pub mod fingerprint;
 pub mod generate;
+pub mod host;
 pub mod logprobs;
 pub mod memory;
 pub mod model;
@@ -93,7 +95,7 @@ mod transfer;
 pub mod weights;
 
 pub use backend::{Backend, CausalConv1d, Cols, Limits, Need, Scratch, SelectiveScan, StatePart};
-pub use batch::{Batch, Outputs, Run};
+pub use batch::{Batch, Outputs, Place, Run};
 pub use beam::{BeamOptions, Hypothesis, beam_search};
 pub use checkpoint::{Checkpoint, ParamSource};
 pub use config::Config;

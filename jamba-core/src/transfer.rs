@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::backend::StatePart;
 use crate::config::Config;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::Runner;
 use crate::schedule::{MixerKind, Schedule};
 
@@ -15,6 +15,15 @@ pub(crate) fn parts(config: &Config) -> Vec<(usize, StatePart)> {
         MixerKind::Attention => [(layer, StatePart::Keys), (layer, StatePart::Values)],
     };
     Schedule::new(config).iter().map(|kind| kind.mixer).enumerate().flat_map(of).collect()
+}
+
+/// Positions in order.
+pub(crate) fn check(positions: &Range<usize>) -> Result<()> {
+    if positions.start <= positions.end {
+        return Ok(());
+    }
+    let allowed = format!("but it must not be after the end, {}", positions.end);
+    Err(Error::Batch { what: "first position", got: positions.start, allowed })
 }
 
 /// Some positions of keys or values: of `(heads, positions, width)`, `(heads, range, width)`.

@@ -5,7 +5,7 @@ use std::ops::Range;
 use jamba_core::backend::{Backend, CausalConv1d, Cols, Limits, Scratch, SelectiveScan, StatePart};
 use jamba_core::shape::{self, Shaped};
 use jamba_core::weights::{Moe, Weights};
-use jamba_core::{Batch, Config, Error, Param, Result, WeightFormat, compose};
+use jamba_core::{Batch, Config, Param, Result, WeightFormat, compose};
 
 use crate::simd::Isa;
 use crate::state::State;
@@ -90,6 +90,7 @@ impl Backend for CpuBackend {
     }
 
     fn read(&self, src: Cols<'_, Tensor>) -> Result<Vec<f32>> {
+        shape::read(&src)?;
         let view = View::from(&src);
         Ok((0..view.rows).flat_map(|r| view.row(r)).copied().collect())
     }
@@ -176,13 +177,10 @@ impl Backend for CpuBackend {
 
     fn embed(&self, table: &Weight, state: &State, out: &mut Tensor) -> Result<()> {
         shape::embed(table, out)?;
-        let [vocab_size, cols] = table.shape();
         let tokens = state.batch.tokens();
-        let rows = out.resize("embed", tokens.len())?.chunks_exact_mut(cols);
-        for (index, (row, &id)) in rows.zip(tokens).enumerate() {
-            if id as usize >= vocab_size {
-                return Err(Error::Token { id, index, vocab_size });
-            }
+        shape::ids(table, tokens, out)?;
+        let rows = out.resize("embed", tokens.len())?.chunks_exact_mut(table.shape()[1]);
+        for (row, &id) in rows.zip(tokens) {
             table.pieces(id as usize, 1, |_, values| values.widen(row))?;
         }
         Ok(())

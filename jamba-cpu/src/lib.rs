@@ -9,7 +9,6 @@ mod backend;
 mod conv1d;
 mod elementwise;
 mod linear;
-mod memory;
 mod moe;
 mod norm;
 mod probe;

@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use jamba_core::Result;
 
-use crate::memory::zeros;
 use crate::simd::{Isa, peak, with_simd};
+use jamba_core::host::zeros;
 
 /// Elements of the buffer that is read: 1 GiB, more than caches hold.
 const ELEMENTS: usize = 1 << 28;

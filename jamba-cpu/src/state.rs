@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
+use jamba_core::host::zeros;
 use jamba_core::schedule::{MixerKind, Schedule};
 use jamba_core::{Batch, Config, Error, Limits, Result, StatePart};
 
-use crate::memory::zeros;
 use crate::tensor::View;
 use crate::weight::PAD;
 

@@ -1,9 +1,8 @@
 //! Activations.
 
+use jamba_core::host::zeros;
 use jamba_core::shape::Shaped;
 use jamba_core::{Cols, Error, Result};
-
-use crate::memory::zeros;
 
 /// Row-major f32 activations, allocated for a maximum of rows.
 pub struct Tensor {
@@ -29,10 +28,6 @@ impl Tensor {
         Ok(self.values_mut())
     }
 
-    pub(crate) fn capacity(&self) -> usize {
-        self.capacity
-    }
-
     /// The rows in use.
     pub(crate) fn values(&self) -> &[f32] {
         &self.values[..self.rows * self.cols]
@@ -47,6 +42,10 @@ impl Tensor {
 impl Shaped for Tensor {
     fn shape(&self) -> [usize; 2] {
         [self.rows, self.cols]
+    }
+
+    fn capacity(&self) -> usize {
+        self.capacity
     }
 }
 

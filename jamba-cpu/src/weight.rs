@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use half::{bf16, f16};
-use jamba_core::shape::Shaped;
+use jamba_core::shape::{self, Shaped};
 use jamba_core::{Dtype, Error, HostTensor, Layout, Param, Quantized, Result, Role, WeightFormat};
 
 /// Rows of per-channel tables are padded to a multiple of the widest vector.
@@ -12,6 +12,7 @@ pub(crate) const PAD: usize = 16;
 /// A parameter.
 pub struct Weight {
     shape: [usize; 2],
+    role: Role,
     form: Form,
 }
 
@@ -52,13 +53,9 @@ pub(crate) enum Rows<'a> {
 
 impl Weight {
     pub(crate) fn new(param: Param, format: WeightFormat) -> Result<Self> {
-        let shape @ [rows, cols] = param.matrix_shape();
-        let held: usize = param.parts.iter().map(|p| p.shape().iter().product::<usize>()).sum();
-        if held != rows * cols {
-            let (expected, got) = (shape, [held, 1]);
-            return Err(Error::Shape { op: "upload", what: "parts", expected, got });
-        }
-        let form = match param.role {
+        let shape @ [rows, cols] = shape::upload(&param)?;
+        let role = param.role;
+        let form = match role {
             Role::Vector => Form::Vector(param.to_f32()),
             Role::Conv | Role::A => Form::Transposed(transposed(&param.to_f32(), rows, cols)),
             Role::Embedding
@@ -74,7 +71,7 @@ impl Weight {
                 }
             },
         };
-        Ok(Self { shape, form })
+        Ok(Self { shape, role, form })
     }
 
     /// The vector that this is.
@@ -129,6 +126,10 @@ impl Weight {
 impl Shaped for Weight {
     fn shape(&self) -> [usize; 2] {
         self.shape
+    }
+
+    fn role(&self) -> Option<Role> {
+        Some(self.role)
     }
 }
 

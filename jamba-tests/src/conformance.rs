@@ -11,6 +11,7 @@ use jamba_core::Backend;
 
 use crate::golden;
 use crate::laws::Law;
+use crate::misfit;
 use crate::problem::{BLOCKS, NAMES};
 
 pub use instance::Instance;
@@ -19,7 +20,7 @@ pub use support::Support;
 /// Something that a backend must pass: `problem::selective_scan`, `golden::odd_shapes`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Case {
-    /// `problem`, `fused`, `law`, `lockstep` or `golden`.
+    /// `problem`, `fused`, `shape`, `law`, `lockstep` or `golden`.
     pub group: &'static str,
     /// Name within the group.
     pub name: String,
@@ -37,9 +38,10 @@ pub fn cases() -> Vec<Case> {
     let lockstep = models.iter().cloned().chain(["uneven".to_owned()]).collect();
     let names = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
     let laws: Vec<&str> = Law::ALL.iter().map(|(name, _)| *name).collect();
-    let groups: [(&'static str, Vec<String>); 5] = [
+    let groups: [(&'static str, Vec<String>); 6] = [
         ("problem", names(NAMES)),
         ("fused", names(BLOCKS)),
+        ("shape", names(&misfit::NAMES)),
         ("law", names(&laws)),
         ("lockstep", lockstep),
         ("golden", models.clone()),
@@ -176,9 +178,13 @@ macro_rules! conformance {
                     mlp moe_ffn add_rms_norm layer forward
                 }
                 fused { mamba_mixer attention_block mlp moe_ffn add_rms_norm layer forward }
+                shape {
+                    upload write read state embed linear rms_norm rms_norm_cols add_assign
+                    silu_mul causal_conv1d selective_scan attention moe_experts output_rows
+                }
                 law {
                     chunking causality permutation independence slot_reset rerun snapshot
-                    empty_runs
+                    empty_runs read_positions write_positions copy_slot sequence_bytes
                 }
                 lockstep {
                     odd_shapes paper_block pure_attention pure_mamba reasoning_dense sharded_bf16

@@ -3,6 +3,7 @@
 //! Each is tried on the three operators that have a state and on whole models, with random
 //! sequences, some of which go on from a state.
 
+mod moves;
 mod play;
 
 use jamba_core::recording::Recording;
@@ -36,11 +37,19 @@ pub enum Law {
     Snapshot,
     /// Runs without tokens change nothing.
     EmptyRuns,
+    /// Some positions of keys and values are those among all of them.
+    ReadPositions,
+    /// Some positions written after others, and nothing else, are read among all.
+    WritePositions,
+    /// A slot copied over another one goes on there as the original, and nothing else changes.
+    CopySlot,
+    /// The bytes of a sequence are as many as its state has at least, and grow with it.
+    SequenceBytes,
 }
 
 impl Law {
     /// All laws by name.
-    pub const ALL: [(&'static str, Self); 8] = [
+    pub const ALL: [(&'static str, Self); 12] = [
         ("chunking", Self::Chunking),
         ("causality", Self::Causality),
         ("permutation", Self::Permutation),
@@ -49,7 +58,20 @@ impl Law {
         ("rerun", Self::Rerun),
         ("snapshot", Self::Snapshot),
         ("empty_runs", Self::EmptyRuns),
+        ("read_positions", Self::ReadPositions),
+        ("write_positions", Self::WritePositions),
+        ("copy_slot", Self::CopySlot),
+        ("sequence_bytes", Self::SequenceBytes),
     ];
+
+    /// The problems that the law is tried on: those of [`TARGETS`] that have what it is about.
+    pub fn targets(self) -> &'static [&'static str] {
+        match self {
+            Self::ReadPositions | Self::WritePositions => &TARGETS[2..],
+            Self::SequenceBytes => &TARGETS[3..],
+            _ => &TARGETS,
+        }
+    }
 }
 
 /// What two results must be to each other.
@@ -61,6 +83,8 @@ pub(crate) enum Relation {
     Same,
     /// Not the same: the law would hold of a backend that returns nothing new.
     Different,
+    /// Nothing to compare: what is said is wrong.
+    Broken,
 }
 
 /// Two results and what they must be to each other.
@@ -125,6 +149,10 @@ impl Law {
             }
             Self::Snapshot => snapshot(p, seqs, b),
             Self::EmptyRuns => empty_runs(p, seqs, random, b),
+            Self::ReadPositions => moves::read_positions(p, random, b),
+            Self::WritePositions => moves::write_positions(p, random, b),
+            Self::CopySlot => moves::copy_slot(p, random, b),
+            Self::SequenceBytes => Ok(moves::sequence_bytes(p, b)),
         }
     }
 }

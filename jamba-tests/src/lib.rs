@@ -7,7 +7,7 @@
 //!
 //! expands to one test per case: every operator and block as a [problem] against an
 //! [oracle](oracle::OracleBackend) in f64, every [law](laws) that needs none, every fused block
-//! against its composition, every model of [`lockstep`] layer by layer, and transformers'
+//! against its composition, operands that [do not fit](misfit), every model of [`lockstep`] layer by layer, and transformers'
 //! [golden] activations. What passes is said by one table, [`tolerance`]. How to write a backend
 //! and read a failure is told in `docs/adding-a-backend.md`.
 
@@ -21,6 +21,7 @@ pub mod conformance;
 pub mod golden;
 pub mod laws;
 pub mod lockstep;
+pub mod misfit;
 pub mod mutant;
 pub mod oracle;
 pub mod precision;

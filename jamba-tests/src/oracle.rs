@@ -11,7 +11,7 @@ use std::ops::Range;
 use jamba_core::shape::{self, Shaped};
 use jamba_core::weights::Moe;
 use jamba_core::{
-    Backend, Batch, CausalConv1d, Cols, Config, Error, Limits, Param, Result, SelectiveScan,
+    Backend, Batch, CausalConv1d, Cols, Config, Error, Limits, Param, Result, Role, SelectiveScan,
     StatePart,
 };
 
@@ -34,6 +34,7 @@ pub struct OracleTensor {
 #[derive(Clone, Debug)]
 pub struct OracleWeight {
     shape: [usize; 2],
+    role: Role,
     values: Vec<f64>,
 }
 
@@ -41,11 +42,19 @@ impl Shaped for OracleTensor {
     fn shape(&self) -> [usize; 2] {
         [self.rows, self.cols]
     }
+
+    fn capacity(&self) -> usize {
+        self.capacity
+    }
 }
 
 impl Shaped for OracleWeight {
     fn shape(&self) -> [usize; 2] {
         self.shape
+    }
+
+    fn role(&self) -> Option<Role> {
+        Some(self.role)
     }
 }
 
@@ -113,13 +122,9 @@ impl Backend for OracleBackend {
     }
 
     fn upload(&self, param: Param) -> Result<OracleWeight> {
-        let shape = param.matrix_shape();
-        let values: Vec<f64> = param.to_f32().into_iter().map(f64::from).collect();
-        if values.len() != shape[0] * shape[1] {
-            let got = [values.len(), 1];
-            return Err(Error::Shape { op: "upload", what: "parts", expected: shape, got });
-        }
-        Ok(OracleWeight { shape, values })
+        let shape = shape::upload(&param)?;
+        let values = param.to_f32().into_iter().map(f64::from).collect();
+        Ok(OracleWeight { shape, role: param.role, values })
     }
 
     fn alloc(&self, rows: usize, cols: usize) -> Result<OracleTensor> {
@@ -132,6 +137,7 @@ impl Backend for OracleBackend {
     }
 
     fn read(&self, src: Cols<'_, OracleTensor>) -> Result<Vec<f32>> {
+        shape::read(&src)?;
         Ok((0..src.tensor.rows).flat_map(|r| view(&src, r)).map(|&v| v as f32).collect())
     }
 
@@ -183,6 +189,7 @@ impl Backend for OracleBackend {
     ) -> Result<()> {
         shape::embed(table, out)?;
         let tokens = state.batch.tokens();
+        shape::ids(table, tokens, out)?;
         let values = tokens.iter().flat_map(|&id| table.row(id as usize)).copied().collect();
         out.set("embed", tokens.len(), values)
     }

@@ -17,7 +17,7 @@ use std::ops::Range;
 use jamba_core::backend::{Backend, CausalConv1d, Cols, Limits, SelectiveScan, StatePart};
 use jamba_core::shape::{self, Shaped};
 use jamba_core::weights::Moe;
-use jamba_core::{Batch, Config, Error, Layout, Param, Quantized, Result, WeightFormat};
+use jamba_core::{Batch, Config, Error, Layout, Param, Quantized, Result, Role, WeightFormat};
 use ndarray::{Array2, ArrayView1, ArrayView2, s};
 
 pub use state::ReferenceState;
@@ -69,21 +69,32 @@ impl Shaped for Matrix {
     fn shape(&self) -> [usize; 2] {
         self.values.dim().into()
     }
+
+    fn capacity(&self) -> usize {
+        self.capacity
+    }
 }
 
 /// A parameter as f32; all dimensions but the last are rows, a vector is one row.
 #[derive(Clone, Debug)]
-pub struct Parameter(Array2<f32>);
+pub struct Parameter {
+    values: Array2<f32>,
+    role: Role,
+}
 
 impl Parameter {
     fn vector(&self) -> ArrayView1<'_, f32> {
-        self.0.row(0)
+        self.values.row(0)
     }
 }
 
 impl Shaped for Parameter {
     fn shape(&self) -> [usize; 2] {
-        self.0.dim().into()
+        self.values.dim().into()
+    }
+
+    fn role(&self) -> Option<Role> {
+        Some(self.role)
     }
 }
 
@@ -105,18 +116,13 @@ impl Backend for ReferenceBackend {
     }
 
     fn upload(&self, param: Param) -> Result<Parameter> {
-        let [rows, cols] = param.matrix_shape();
-        let got = [param.parts.iter().map(|p| p.shape().iter().product::<usize>()).sum(), 1];
-        let values = match self.format.layout(param.role) {
+        let shape @ [_, cols] = shape::upload(&param)?;
+        let flat = match self.format.layout(param.role) {
             Layout::Packed(packing) => Quantized::new(&param, packing)?.dequantize(),
             Layout::F32 | Layout::Stored => param.to_f32(),
         };
-        Array2::from_shape_vec((rows, cols), values).map(Parameter).map_err(|_| Error::Shape {
-            op: "upload",
-            what: "parts",
-            expected: [rows, cols],
-            got,
-        })
+        let values = Array2::from_shape_fn(shape, |(r, c)| flat[r * cols + c]);
+        Ok(Parameter { values, role: param.role })
     }
 
     fn alloc(&self, rows: usize, cols: usize) -> Result<Matrix> {
@@ -130,6 +136,7 @@ impl Backend for ReferenceBackend {
     }
 
     fn read(&self, src: Cols<'_, Matrix>) -> Result<Vec<f32>> {
+        shape::read(&src)?;
         Ok(view(&src).iter().copied().collect())
     }
 
@@ -180,8 +187,9 @@ impl Backend for ReferenceBackend {
     fn embed(&self, table: &Parameter, state: &ReferenceState, out: &mut Matrix) -> Result<()> {
         shape::embed(table, out)?;
         let tokens = state.batch.tokens();
-        out.set(Array2::from_shape_fn((tokens.len(), table.0.ncols()), |(t, i)| {
-            table.0[[tokens[t] as usize, i]]
+        shape::ids(table, tokens, out)?;
+        out.set(Array2::from_shape_fn((tokens.len(), table.values.ncols()), |(t, i)| {
+            table.values[[tokens[t] as usize, i]]
         }))
     }
 
@@ -193,7 +201,7 @@ impl Backend for ReferenceBackend {
         out: &mut Matrix,
     ) -> Result<()> {
         shape::linear(&x, weight, bias, out)?;
-        out.set(linear::linear(view(&x), weight.0.view(), bias.map(Parameter::vector)))
+        out.set(linear::linear(view(&x), weight.values.view(), bias.map(Parameter::vector)))
     }
 
     fn rms_norm(&self, x: &Matrix, weight: &Parameter, eps: f32, out: &mut Matrix) -> Result<()> {
@@ -236,7 +244,7 @@ impl Backend for ReferenceBackend {
         let (_, d_inner, context) = conv.dim();
         shape::causal_conv1d(&args, batch.tokens().len(), [d_inner, context + 1], out)?;
         let bias = args.bias.map(Parameter::vector);
-        out.set(conv1d::causal_conv1d(view(&args.x), args.weight.0.view(), bias, batch, conv))
+        out.set(conv1d::causal_conv1d(view(&args.x), args.weight.values.view(), bias, batch, conv))
     }
 
     fn selective_scan(
@@ -252,7 +260,7 @@ impl Backend for ReferenceBackend {
         let operands = scan::Operands {
             x: view(&args.x),
             dt: view(&args.dt),
-            a: args.a.0.view(),
+            a: args.a.values.view(),
             b: view(&args.b),
             c: view(&args.c),
             d: args.d.vector(),
@@ -288,8 +296,8 @@ impl Backend for ReferenceBackend {
         out.set(moe::moe_experts(
             x.values.view(),
             router_logits.values.view(),
-            weights.gate_up_proj.0.view(),
-            weights.down_proj.0.view(),
+            weights.gate_up_proj.values.view(),
+            weights.down_proj.values.view(),
             top_k,
         ))
     }

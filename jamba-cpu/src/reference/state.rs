@@ -1,11 +1,10 @@
 //! Convolution and SSM states, KV cache and the staged batch.
 
 use jamba_core::backend::{Limits, StatePart};
+use jamba_core::host::zeros;
 use jamba_core::schedule::{MixerKind, Schedule};
 use jamba_core::{Batch, Config, Error, Result};
 use ndarray::{Array, Array3, Array4, ArrayViewMutD, Dimension, IntoDimension, s};
-
-use crate::memory::zeros;
 
 /// State of all layers and slots.
 pub struct ReferenceState {

@@ -16,6 +16,7 @@ use crate::compare::{Difference, all_differences, bit_equal, differences};
 use crate::golden::Golden;
 use crate::laws::{self, Law, Relation};
 use crate::lockstep::models;
+use crate::misfit;
 use crate::oracle::OracleBackend;
 use crate::precision::{Format, Numbers};
 use crate::problem::{AnyProblem, BLOCKS};
@@ -51,6 +52,7 @@ pub(super) fn check<B: Backend + Send + Sync + 'static>(
 ) -> Result<Passed, Failure> {
     let check = Check { case, backend: Arc::new(backend), support };
     match case.group {
+        "shape" => check.shape(),
         "lockstep" => check.runs(&support.numbers.formats, |format| check.lockstep(*format)),
         "golden" => check.runs(&CHUNKS[..], |chunk| check.golden(*chunk)),
         _ => check.instances(),
@@ -110,6 +112,25 @@ impl<B: Backend + Send + Sync + 'static> Check<'_, B> {
             return Ok(passed);
         }
         Err(Failure(format!("{} fails:\n{}", self.title(), failures.join("\n"))))
+    }
+
+    /// All operands that do not fit; failures of all of them are reported.
+    fn shape(&self) -> Result<Passed, Failure> {
+        let mut passed = Passed::default();
+        let outcome = guard(|| {
+            let found = misfit::run(&self.case.name, &*self.backend)?;
+            assert!(found.tried > 0, "nothing is skipped");
+            // Counted as one by `judge`.
+            passed.executed = found.tried - 1;
+            match found.wrong.is_empty() {
+                true => Ok(()),
+                false => Err(Trouble::Wrong(format!("  {}", found.wrong.join("\n  ")))),
+            }
+        });
+        match self.judge(outcome, self.refused(), &mut passed) {
+            Ok(()) => Ok(passed),
+            Err(text) => Err(Failure(format!("{} fails:\n{text}", self.title()))),
+        }
     }
 
     fn title(&self) -> String {
@@ -195,6 +216,7 @@ impl<B: Backend + Send + Sync + 'static> Check<'_, B> {
         };
         let name = self.case.name.clone();
         if self.case.group == "law" {
+            let law = Law::ALL.iter().find(|(law, _)| **law == name).expect("one of them").1;
             let target = |target: &&'static str| {
                 let law = name.clone();
                 let strategy = (of(target), any::<u32>()).prop_map(move |(problem, plan)| {
@@ -202,7 +224,7 @@ impl<B: Backend + Send + Sync + 'static> Check<'_, B> {
                 });
                 (target.to_string(), strategy.boxed(), cases.div_ceil(6))
             };
-            return laws::TARGETS.iter().map(target).collect();
+            return law.targets().iter().map(target).collect();
         }
         // A block costs as much as ten operators.
         let share = match (self.case.group, BLOCKS.contains(&&*name)) {
@@ -245,6 +267,7 @@ impl<B: Backend + Send + Sync + 'static> Check<'_, B> {
                     )));
                 }
                 Relation::Different => {}
+                Relation::Broken => return Err(Trouble::Wrong(what.into())),
                 _ if exact && bit_equal(&got, &expected) => {}
                 _ if exact => {
                     let off = all_differences(&got, &expected).into_iter();

@@ -17,12 +17,12 @@ pub(super) struct Turn {
 /// A problem that is being run, its results kept by sequence and input row.
 pub(super) struct Play<'a, P: Sequential, B: Backend> {
     problem: &'a P,
-    b: &'a B,
+    pub(super) b: &'a B,
     inputs: Recording,
     held: P::Held<B>,
-    state: B::State,
+    pub(super) state: B::State,
     /// Slot of each sequence.
-    slots: Vec<usize>,
+    pub(super) slots: Vec<usize>,
     /// Tokens run of each sequence.
     done: Vec<usize>,
     out: Recording,
@@ -83,12 +83,19 @@ impl<'a, P: Sequential, B: Backend> Play<'a, P, B> {
         Ok(play)
     }
 
-    fn write(&mut self, layer: usize, part: StatePart, seq: usize, values: &[f32]) -> Result<()> {
+    pub(super) fn write(
+        &mut self,
+        layer: usize,
+        part: StatePart,
+        seq: usize,
+        values: &[f32],
+    ) -> Result<()> {
         let (slot, positions) = (self.slots[seq], self.positions(seq));
         self.b.write_state(&mut self.state, layer, part, slot, positions, values)
     }
 
-    fn positions(&self, seq: usize) -> usize {
+    /// Tokens that a sequence holds.
+    pub(super) fn positions(&self, seq: usize) -> usize {
         self.problem.ragged().seqs[seq].past + self.done[seq]
     }
 
