@@ -1,7 +1,7 @@
 //! Number formats: of a backend's activations, and of stored weights.
 
 use half::{bf16, f16};
-use jamba_core::{Dtype, HostTensor, Role};
+use jamba_core::{Dtype, HostTensor, Layout, Param, Quantized, Role, WeightFormat};
 use serde::{Deserialize, Serialize};
 
 /// The precision in which a backend keeps activations, convolution states and the KV cache. (The
@@ -53,6 +53,13 @@ pub enum Format {
     F16,
     /// bfloat16.
     Bf16,
+    /// [`WeightFormat::ExpertsInt8`]; matrices that it keeps as stored are in bf16.
+    #[serde(rename = "experts-int8")]
+    ExpertsInt8,
+    /// [`WeightFormat::Int8`].
+    Int8,
+    /// [`WeightFormat::Int4`].
+    Int4,
 }
 
 impl std::fmt::Display for Format {
@@ -61,6 +68,9 @@ impl std::fmt::Display for Format {
             Self::F32 => "f32",
             Self::F16 => "f16",
             Self::Bf16 => "bf16",
+            Self::ExpertsInt8 => "experts-int8",
+            Self::Int8 => "int8",
+            Self::Int4 => "int4",
         })
     }
 }
@@ -83,15 +93,29 @@ impl From<Precision> for Numbers {
 
 impl Format {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::Bf16];
+    pub const ALL: [Self; 6] =
+        [Self::F32, Self::F16, Self::Bf16, Self::ExpertsInt8, Self::Int8, Self::Int4];
 
     /// The dtypes of checkpoints: what a backend without a format of its own keeps.
     pub const STORED: [Self; 3] = [Self::F32, Self::F16, Self::Bf16];
 
+    /// The formats that quantise.
+    pub const QUANTISED: [Self; 3] = [Self::ExpertsInt8, Self::Int8, Self::Int4];
+
+    /// What a backend is to be made with to keep matrices in this format.
+    pub fn weight_format(self) -> WeightFormat {
+        match self {
+            Self::F32 | Self::F16 | Self::Bf16 => WeightFormat::Stored,
+            Self::ExpertsInt8 => WeightFormat::ExpertsInt8,
+            Self::Int8 => WeightFormat::Int8,
+            Self::Int4 => WeightFormat::Int4,
+        }
+    }
+
     /// The dtype of the tensors that a backend is given: one that holds the values of the format.
     pub fn dtype(self) -> Dtype {
         match self {
-            Self::F32 => Dtype::F32,
+            Self::F32 | Self::ExpertsInt8 | Self::Int8 | Self::Int4 => Dtype::F32,
             Self::F16 => Dtype::F16,
             Self::Bf16 => Dtype::Bf16,
         }
@@ -101,13 +125,22 @@ impl Format {
     /// in this format; `role` tells which matrix it is, for formats that are not of all of them.
     ///
     /// Rounding twice is rounding once: a backend finds the same values again.
+    ///
+    /// # Panics
+    /// If the values are not whole rows, or cannot be quantised.
     pub fn round(self, role: Role, cols: usize, values: &mut [f32]) {
-        // Of formats that share a scale among the values of a row or a block.
-        let _ = (role, cols);
+        if let Layout::Packed(packing) = self.weight_format().layout(role) {
+            let tensor = HostTensor::from_f32(vec![values.len() / cols, cols], values.to_vec());
+            let quantized = Quantized::new(&Param::new("weights", role, tensor), packing);
+            let quantized = quantized.expect("weights that can be quantised");
+            return values.copy_from_slice(&quantized.dequantize());
+        }
         match self {
             Self::F32 => {}
             Self::F16 => values.iter_mut().for_each(|v| *v = f16::from_f32(*v).to_f32()),
-            Self::Bf16 => values.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32()),
+            Self::Bf16 | Self::ExpertsInt8 | Self::Int8 | Self::Int4 => {
+                values.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32());
+            }
         }
     }
 

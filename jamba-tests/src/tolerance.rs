@@ -43,7 +43,12 @@ const fn row(
     reason: &'static str,
 ) -> Row {
     let tolerance = Tolerance { element, rms, reason };
-    Row { what, precision, formats: &Format::STORED, tolerance }
+    Row { what, precision, formats: &Format::ALL, tolerance }
+}
+
+/// The row for some formats only.
+const fn of(formats: &'static [Format], row: Row) -> Row {
+    Row { formats, ..row }
 }
 
 /// Largest relative error of one rounding to bf16, which has 8 significant bits.
@@ -112,7 +117,12 @@ pub const TABLE: &[Row] = &[
         "two f32 computations of up to eight layers, each with its own order of summation: \
          transformers in f64 departs from the golden values by up to 1.2e-5",
     ),
-    row(&["embed", "output_rows"], Bf16, 0.0, 0.0, "copies of values that bf16 holds"),
+    row(&["output_rows"], Bf16, 0.0, 0.0, "copies of values that bf16 holds"),
+    of(&Format::STORED, row(&["embed"], Bf16, 0.0, 0.0, "copies of values that bf16 holds")),
+    of(
+        &Format::QUANTISED,
+        row(&["embed"], Bf16, 1.5 * U, 0.9 * U, "quants times scales have up to 15 bits"),
+    ),
     row(
         &[
             "linear",
@@ -192,7 +202,9 @@ pub fn markdown() -> String {
     for Row { what, precision, formats, tolerance: t } in TABLE {
         let what = what.iter().map(|w| format!("`{w}`")).collect::<Vec<_>>().join(", ");
         let weights = match formats {
+            formats if **formats == Format::ALL => "any".to_owned(),
             formats if **formats == Format::STORED => "stored".to_owned(),
+            formats if **formats == Format::QUANTISED => "quantised".to_owned(),
             formats => formats.iter().map(Format::to_string).collect::<Vec<_>>().join(", "),
         };
         let _ = writeln!(

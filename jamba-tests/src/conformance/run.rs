@@ -6,7 +6,11 @@ use std::sync::Arc;
 
 use jamba_core::recording::Recording;
 use jamba_core::trace::Detail;
-use jamba_core::{Backend, Error, LanguageModel, Model, SessionOptions};
+use jamba_core::weights::ParamSpec;
+use jamba_core::{
+    Backend, Checkpoint, Error, HostTensor, LanguageModel, Layout, Model, Param, ParamSource,
+    Quantized, SessionOptions, WeightFormat,
+};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
 
@@ -327,8 +331,32 @@ impl<B: Backend + Send + Sync + 'static> Check<'_, B> {
         let chunk = chunk.min(prompt.len());
         let Numbers { precision, formats } = &self.support.numbers;
         let tolerance = tolerance("golden", *precision, formats[0]);
-        let what = format!("against transformers, prompt in chunks of {chunk}");
-        off(&differences(&recording, &golden.expected), ("golden", tolerance), &what)
+        let (expected, whose) = match formats[0].weight_format() {
+            WeightFormat::Stored => (golden.expected, "transformers"),
+            format => {
+                let checkpoint = Dequantised(Checkpoint::open(&golden.folder)?, format);
+                let config = model.config().clone();
+                let mut oracle =
+                    Model::new(config, &checkpoint, OracleBackend)?.session(options)?;
+                let detail = Detail::Operators;
+                let expected = Recording::new(&mut oracle, prompt, chunk, decode, detail)?;
+                (expected, "the oracle on dequantised weights")
+            }
+        };
+        let what = format!("against {whose}, prompt in chunks of {chunk}");
+        off(&differences(&recording, &expected), ("golden", tolerance), &what)
+    }
+}
+
+/// A checkpoint with the values that its weights have in a format.
+struct Dequantised(Checkpoint, WeightFormat);
+
+impl ParamSource for Dequantised {
+    fn param(&self, spec: &ParamSpec) -> jamba_core::Result<Param> {
+        let param = self.0.param(spec)?;
+        let Layout::Packed(packing) = self.1.layout(spec.role) else { return Ok(param) };
+        let values = Quantized::new(&param, packing)?.dequantize();
+        Ok(Param::new(param.name, param.role, HostTensor::from_f32(param.shape, values)))
     }
 }
 

@@ -61,7 +61,8 @@ impl Support {
     }
 
     /// The formats in which the backend keeps matrices as they are: those that the weights of
-    /// problems have. The first of them decides the tolerance of `golden` cases.
+    /// problems have. The first of them decides what `golden` cases are compared with, transformers
+    /// or the oracle on dequantised weights, and their tolerance.
     ///
     /// # Panics
     /// If there are none.

@@ -45,8 +45,10 @@ impl Problem for Embed {
     fn inputs(&self) -> Recording {
         let mut draw = Draw::new(self.seed, self.precision);
         draw.matrix(Role::Embedding, "table", &[self.vocab, self.hidden], self.weights);
-        let table = draw.inputs.tensors.get_mut("table").expect("just drawn");
-        table.values.iter_mut().for_each(|v| *v = self.precision.round(*v));
+        if !Format::QUANTISED.contains(&self.weights) {
+            let table = draw.inputs.tensors.get_mut("table").expect("just drawn");
+            table.values.iter_mut().for_each(|v| *v = self.precision.round(*v));
+        }
         draw.exact("ids", &[self.batch.tokens()], ids(self.vocab));
         draw.inputs
     }
