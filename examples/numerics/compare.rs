@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, ValueEnum};
+use jamba_core::memory;
 use jamba_core::random::RandomParams;
+use jamba_core::schedule::ParamCount;
 use jamba_core::{
     Backend, Batch, Checkpoint, Config, Dtype, Error, Limits, Model, Outputs, ParamSource, Result,
     WeightFormat,
@@ -83,6 +85,18 @@ enum On {
 }
 
 impl On {
+    /// Bytes of the parameters in the host's memory, and of an element of activations and states.
+    fn bytes(self, config: &Config, format: WeightFormat) -> [u64; 2] {
+        let elements = ParamCount::new(config).total;
+        match self {
+            Self::Oracle => [elements.saturating_mul(8), 8],
+            Self::Reference => [elements.saturating_mul(4), 4],
+            Self::Cpu => [memory::weight_bytes(config, format), 4],
+            // Parameters pass through one at a time.
+            Self::Cuda | Self::CudaF32 => [0, 0],
+        }
+    }
+
     fn load(
         self,
         config: &Config,
@@ -128,6 +142,12 @@ fn main() -> ExitCode {
                 Some(name) => {
                     let mut config = Config::preset(name)?;
                     if let Some(layers) = args.layers {
+                        let all = config.num_hidden_layers;
+                        if layers.get() > all {
+                            let value = format!("{layers}, of the {all} that {name} has");
+                            let allowed = "it is how many to keep";
+                            return Err(Error::Option { option: "layers", value, allowed });
+                        }
                         config.num_hidden_layers = layers.get();
                     }
                     let source = RandomParams { seed: args.seed, dtype: Dtype::Bf16 };
@@ -144,6 +164,10 @@ fn main() -> ExitCode {
 }
 
 fn backends(args: &Args, config: &Config, source: &impl ParamSource) -> Result<()> {
+    let tokens = args.ids.as_ref().map_or(args.tokens.get(), Vec::len);
+    let chunk = args.chunk.get().min(tokens);
+    let limits = Limits { slots: 1, context: tokens, tokens: chunk, outputs: chunk };
+    fits(args, config, &limits)?;
     let ids = args.ids.clone().unwrap_or_else(|| {
         // Weyl's sequence: ids all over the vocabulary.
         let id = |i: usize| (i as u64 + args.seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
@@ -152,8 +176,6 @@ fn backends(args: &Args, config: &Config, source: &impl ParamSource) -> Result<(
     if ids.is_empty() {
         return Err(Error::EmptyPrompt);
     }
-    let chunk = args.chunk.get().min(ids.len());
-    let limits = Limits { slots: 1, context: ids.len(), tokens: chunk, outputs: chunk };
     let mut a = args.a.load(config, source, limits, args.quant_a.unwrap_or(args.quant))?;
     let mut b = args.b.load(config, source, limits, args.quant)?;
     let chunks = ids.chunks(chunk).enumerate();
@@ -162,6 +184,47 @@ fn backends(args: &Args, config: &Config, source: &impl ParamSource) -> Result<(
     let report = lockstep(&mut *a, &mut *b, &batches)?;
     show(&if args.json { format!("{:#}\n", report.to_json()) } else { report.to_string() });
     Ok(())
+}
+
+/// Refuses what the machine has no memory for, before any of it is made: a system that promises
+/// more than it has ends the program instead.
+fn fits(args: &Args, config: &Config, limits: &Limits) -> Result<()> {
+    config.validate()?;
+    let widths = [
+        4 * config.hidden_size + 4 * config.d_inner(),
+        3 * config.intermediate_size + 2 * config.q_width() + 2 * config.kv_width(),
+        config.vocab_size + config.num_experts + config.mamba_dt_rank + 2 * config.mamba_d_state,
+    ];
+    let columns = widths.iter().sum::<usize>() as u64;
+    let bytes = |on: On, format| {
+        let [weights, activation] = on.bytes(config, format);
+        let step = columns.saturating_mul(limits.tokens as u64).saturating_mul(activation);
+        let state = memory::sequence_bytes(config, limits.context, activation as usize);
+        weights.saturating_add(step).saturating_add(state)
+    };
+    let needed =
+        bytes(args.a, args.quant_a.unwrap_or(args.quant)).saturating_add(bytes(args.b, args.quant));
+    let Some(free) = free_memory() else { return Ok(()) };
+    if needed <= free {
+        return Ok(());
+    }
+    let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+    Err(Error::Option {
+        option: "preset, model or tokens",
+        value: format!(
+            "one that takes {:.1} GiB on both backends together, where {:.1} GiB are free",
+            gib(needed),
+            gib(free)
+        ),
+        allowed: "it must fit the machine: cut it with --layers, or run fewer --tokens",
+    })
+}
+
+/// Bytes of memory that can still be used, where the system tells (Linux).
+fn free_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
 /// Prints; a reader that has gone, such as `head`, is no error.

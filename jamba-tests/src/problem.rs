@@ -20,6 +20,9 @@ pub mod ragged;
 pub mod sequential;
 
 pub(crate) mod bench;
+mod extent;
+
+pub use extent::Extent;
 
 use std::fmt;
 use std::str::FromStr;
@@ -44,6 +47,12 @@ pub trait Problem: Clone + fmt::Debug + 'static {
     fn format(&self) -> Format {
         Format::F32
     }
+
+    /// What its tensors take; refuses sizes that there is no such operator of.
+    ///
+    /// # Errors
+    /// Names the size.
+    fn extent(&self) -> Result<Extent>;
 
     /// Everything that the operator reads, by name: activations, weights as f32, states.
     fn inputs(&self) -> Recording;
@@ -93,6 +102,12 @@ macro_rules! problems {
             pub fn format(&self) -> Format {
                 match self {
                     $(Self::$variant(problem) => problem.format(),)*
+                }
+            }
+
+            fn extent(&self) -> Result<Extent> {
+                match self {
+                    $(Self::$variant(problem) => problem.extent(),)*
                 }
             }
 
@@ -171,7 +186,18 @@ impl fmt::Display for AnyProblem {
 impl FromStr for AnyProblem {
     type Err = serde_json::Error;
 
+    /// Refuses sizes that there is no such operator of, or that no machine has the memory for.
     fn from_str(line: &str) -> std::result::Result<Self, Self::Err> {
-        serde_json::from_str(line)
+        let problem: Self = serde_json::from_str(line)?;
+        problem.check().map_err(serde::de::Error::custom)?;
+        Ok(problem)
+    }
+}
+
+impl AnyProblem {
+    /// Refuses sizes that there is no such operator of, and more than 2^27 elements of all tensors
+    /// together, which take a gibibyte in f64.
+    pub(crate) fn check(&self) -> Result<()> {
+        self.extent()?.check()
     }
 }

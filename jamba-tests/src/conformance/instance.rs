@@ -54,6 +54,8 @@ impl FromStr for Instance {
     type Err = serde_json::Error;
 
     fn from_str(line: &str) -> Result<Self, Self::Err> {
-        serde_json::from_str(line)
+        let instance: Self = serde_json::from_str(line)?;
+        instance.problem().check().map_err(serde::de::Error::custom)?;
+        Ok(instance)
     }
 }

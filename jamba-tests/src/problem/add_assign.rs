@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::Problem;
+use super::extent::{Extent, some};
 use super::bench::{self, Draw};
 use crate::precision::{Numbers, Precision};
 
@@ -26,6 +27,11 @@ impl Problem for AddAssign {
         (0..=9usize, cols, any::<u32>())
             .prop_map(move |(rows, cols, seed)| Self { rows, cols, precision, seed })
             .boxed()
+    }
+
+    fn extent(&self) -> Result<Extent> {
+        some(&[("cols", self.cols)])?;
+        Ok(Extent::of(&[&[2, self.rows, self.cols]]))
     }
 
     fn inputs(&self) -> Recording {

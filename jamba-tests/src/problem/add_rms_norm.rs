@@ -6,6 +6,7 @@ use proptest::strategy::{BoxedStrategy, Strategy};
 use serde::{Deserialize, Serialize};
 
 use super::Problem;
+use super::extent::Extent;
 use super::block::{Block, LAYER, Loaded, Sizes};
 use crate::precision::{Format, Numbers};
 
@@ -21,6 +22,10 @@ impl Problem for AddRmsNorm {
 
     fn format(&self) -> Format {
         self.0.weights
+    }
+
+    fn extent(&self) -> Result<Extent> {
+        Extent::model(&self.0.sizes.unchecked(), &self.0.batch)
     }
 
     fn inputs(&self) -> Recording {

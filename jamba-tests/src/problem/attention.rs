@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::Problem;
+use super::extent::Extent;
 use super::bench::{self, Draw};
 use super::block::{LAYER, Sizes};
 use super::ragged::{Feed, Ragged, ragged};
@@ -25,6 +26,11 @@ pub struct Attention {
 }
 
 impl Attention {
+    fn sizes(&self) -> Sizes {
+        let Self { heads, kv_heads, head_dim, .. } = *self;
+        Sizes { heads, kv_heads, head_dim, attn: [1, 0], ..Sizes::small() }
+    }
+
     fn width(&self) -> usize {
         (self.heads + 2 * self.kv_heads) * self.head_dim
     }
@@ -45,6 +51,12 @@ impl Problem for Attention {
             .boxed()
     }
 
+    fn extent(&self) -> Result<Extent> {
+        let heads = [self.heads, self.kv_heads].map(|heads| Extent::of(&[&[heads, self.head_dim]]));
+        heads.iter().try_for_each(|width| width.check())?;
+        heads[0].states(&self.sizes().unchecked(), &self.batch, self.width())
+    }
+
     fn inputs(&self) -> Recording {
         let mut draw = Draw::new(self.seed, self.precision);
         draw.activations("qkv", [self.batch.tokens(), self.width()], |r| 1.2 * r.normal());
@@ -61,9 +73,7 @@ impl Sequential for Attention {
     type Held<B: Backend> = ();
 
     fn config(&self) -> Config {
-        let Self { heads, kv_heads, head_dim, .. } = *self;
-        let sizes = Sizes { heads, kv_heads, head_dim, attn: [1, 0], ..Sizes::small() };
-        sizes.config()
+        self.sizes().config()
     }
 
     fn ragged(&self) -> &Ragged {

@@ -81,7 +81,8 @@ impl Sizes {
         config
     }
 
-    fn unchecked(&self) -> Config {
+    /// [`config`](Self::config), which may not be one of a model.
+    pub(crate) fn unchecked(&self) -> Config {
         let mut c = Config::preset("jamba-tales-11m").expect("a preset");
         c.vocab_size = self.vocab;
         c.hidden_size = self.hidden;

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::Problem;
+use super::extent::Extent;
 use super::bench::{self, Draw};
 use super::block::{LAYER, Sizes};
 use super::ragged::{Feed, Ragged, ragged};
@@ -24,6 +25,12 @@ pub struct CausalConv1d {
     pub seed: u32,
 }
 
+impl CausalConv1d {
+    fn sizes(&self) -> Sizes {
+        Sizes { hidden: self.d_inner, expand: 1, d_conv: self.d_conv, ..Sizes::small() }
+    }
+}
+
 impl Problem for CausalConv1d {
     fn strategy(numbers: &Numbers) -> BoxedStrategy<Self> {
         let precision = numbers.precision;
@@ -37,6 +44,12 @@ impl Problem for CausalConv1d {
                 Self { d_inner, d_conv, bias, batch, precision, seed }
             })
             .boxed()
+    }
+
+    fn extent(&self) -> Result<Extent> {
+        let weight = Extent::of(&[&[self.d_inner, self.d_conv], &[3, self.d_inner]]);
+        weight.check()?;
+        weight.states(&self.sizes().unchecked(), &self.batch, self.d_inner.saturating_mul(3))
     }
 
     fn inputs(&self) -> Recording {
@@ -62,8 +75,7 @@ impl Sequential for CausalConv1d {
     type Held<B: Backend> = (B::Weight, Option<B::Weight>);
 
     fn config(&self) -> Config {
-        let sizes = Sizes { hidden: self.d_inner, expand: 1, d_conv: self.d_conv, ..Sizes::small() };
-        sizes.config()
+        self.sizes().config()
     }
 
     fn ragged(&self) -> &Ragged {

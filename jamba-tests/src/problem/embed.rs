@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::Problem;
+use super::extent::Extent;
 use super::bench::{self, Draw};
 use super::block::{Sizes, ids};
 use super::ragged::{Ragged, ragged};
@@ -40,6 +41,13 @@ impl Problem for Embed {
 
     fn format(&self) -> Format {
         self.weights
+    }
+
+    fn extent(&self) -> Result<Extent> {
+        let sizes = Sizes { vocab: self.vocab, hidden: self.hidden, ..Sizes::small() };
+        let table = Extent::of(&[&[self.vocab, self.hidden]]);
+        table.check()?;
+        table.states(&sizes.unchecked(), &self.batch, self.hidden)
     }
 
     fn inputs(&self) -> Recording {

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::Problem;
+use super::extent::Extent;
 use super::bench;
 use super::block::{Block, Loaded, Sizes, ids, settle, smallest_margin};
 use super::ragged::{Feed, Ragged};
@@ -46,6 +47,10 @@ impl Problem for Forward {
 
     fn format(&self) -> Format {
         self.0.weights
+    }
+
+    fn extent(&self) -> Result<Extent> {
+        Extent::model(&self.0.sizes.unchecked(), &self.0.batch)
     }
 
     fn inputs(&self) -> Recording {

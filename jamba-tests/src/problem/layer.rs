@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::Problem;
+use super::extent::Extent;
 use super::block::{Block, LAYER, Loaded, Sizes, settle, smallest_margin};
 use crate::precision::{Format, Numbers};
 
@@ -49,6 +50,10 @@ impl Problem for Layer {
 
     fn format(&self) -> Format {
         self.0.weights
+    }
+
+    fn extent(&self) -> Result<Extent> {
+        Extent::model(&self.0.sizes.unchecked(), &self.0.batch)
     }
 
     fn inputs(&self) -> Recording {

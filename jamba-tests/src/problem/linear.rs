@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::Problem;
+use super::extent::{Extent, some};
 use super::bench::{self, Draw};
 use crate::precision::{Format, Numbers, Precision};
 
@@ -52,6 +53,13 @@ impl Problem for Linear {
 
     fn format(&self) -> Format {
         self.weights
+    }
+
+    fn extent(&self) -> Result<Extent> {
+        some(&[("k", self.k), ("n", self.n), ("pieces", self.pieces)])?;
+        let [before, after] = self.beside;
+        let width = before.saturating_add(self.k).saturating_add(after);
+        Ok(Extent::of(&[&[self.rows, width], &[self.rows, self.n], &[self.n, self.k], &[self.n]]))
     }
 
     fn inputs(&self) -> Recording {

@@ -7,6 +7,7 @@ use proptest::strategy::{BoxedStrategy, Strategy};
 use serde::{Deserialize, Serialize};
 
 use super::Problem;
+use super::extent::Extent;
 use super::block::{Block, LAYER, Loaded, Sizes, wrong_layer};
 use crate::precision::{Format, Numbers};
 
@@ -22,6 +23,10 @@ impl Problem for MambaMixer {
 
     fn format(&self) -> Format {
         self.0.weights
+    }
+
+    fn extent(&self) -> Result<Extent> {
+        Extent::model(&self.0.sizes.unchecked(), &self.0.batch)
     }
 
     fn inputs(&self) -> Recording {

@@ -2,11 +2,12 @@
 
 use jamba_core::recording::Recording;
 use jamba_core::weights::Moe;
-use jamba_core::{Backend, Result, Role};
+use jamba_core::{Backend, Error, Result, Role};
 use proptest::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::Problem;
+use super::extent::{Extent, some};
 use super::bench::{self, Draw};
 use crate::precision::{Format, Numbers, Precision};
 
@@ -47,6 +48,17 @@ impl Problem for MoeExperts {
 
     fn format(&self) -> Format {
         self.weights
+    }
+
+    fn extent(&self) -> Result<Extent> {
+        let Self { rows, hidden, inter, experts, top_k, pieces, .. } = *self;
+        some(&[("hidden", hidden), ("inter", inter), ("top_k", top_k), ("pieces", pieces)])?;
+        if top_k > experts {
+            let allowed = "there must be as many experts";
+            return Err(Error::Option { option: "top_k", value: top_k.to_string(), allowed });
+        }
+        let expert = Extent::of(&[&[3, experts, hidden, inter], &[rows, experts]]);
+        Ok(expert.and(&[2, rows, hidden]).and(&[experts, hidden]).and(&[3, top_k, inter]))
     }
 
     fn inputs(&self) -> Recording {

@@ -7,6 +7,7 @@ use proptest::strategy::{BoxedStrategy, Strategy};
 use serde::{Deserialize, Serialize};
 
 use super::Problem;
+use super::extent::Extent;
 use super::block::{Block, LAYER, Loaded, Sizes, decisive, margin, wrong_layer};
 use crate::precision::{Format, Numbers};
 use crate::random::Random;
@@ -23,6 +24,10 @@ impl Problem for MoeFfn {
 
     fn format(&self) -> Format {
         self.0.weights
+    }
+
+    fn extent(&self) -> Result<Extent> {
+        Extent::model(&self.0.sizes.unchecked(), &self.0.batch)
     }
 
     fn inputs(&self) -> Recording {

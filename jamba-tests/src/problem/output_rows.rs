@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::Problem;
+use super::extent::Extent;
 use super::bench::{self, Draw};
 use super::block::Sizes;
 use super::ragged::{Ragged, ragged};
@@ -28,6 +29,11 @@ impl Problem for OutputRows {
         (cols, ragged(30), any::<u32>())
             .prop_map(move |(cols, batch, seed)| Self { cols, batch, precision, seed })
             .boxed()
+    }
+
+    fn extent(&self) -> Result<Extent> {
+        let sizes = Sizes { hidden: self.cols, ..Sizes::small() };
+        Extent::of(&[&[self.cols]]).states(&sizes.unchecked(), &self.batch, self.cols)
     }
 
     fn inputs(&self) -> Recording {

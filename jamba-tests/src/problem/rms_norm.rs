@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::Problem;
+use super::extent::{Extent, some};
 use super::bench::{self, Draw};
 use crate::precision::{Numbers, Precision};
 
@@ -35,6 +36,11 @@ impl Problem for RmsNorm {
                 Self { rows, cols, eps, scale, precision, seed }
             })
             .boxed()
+    }
+
+    fn extent(&self) -> Result<Extent> {
+        some(&[("cols", self.cols)])?;
+        Ok(Extent::of(&[&[2, self.rows, self.cols], &[self.cols]]))
     }
 
     fn inputs(&self) -> Recording {

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::Problem;
+use super::extent::{Extent, some};
 use super::bench::{self, Draw};
 use crate::precision::{Numbers, Precision};
 
@@ -33,6 +34,13 @@ impl Problem for RmsNormCols {
                 Self { rows, cols, beside, eps, precision, seed }
             })
             .boxed()
+    }
+
+    fn extent(&self) -> Result<Extent> {
+        some(&[("cols", self.cols)])?;
+        let [before, after] = self.beside;
+        let width = before.saturating_add(self.cols).saturating_add(after);
+        Ok(Extent::of(&[&[self.rows, width], &[self.cols]]))
     }
 
     fn inputs(&self) -> Recording {

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::Problem;
+use super::extent::Extent;
 use super::bench::{self, Draw, gather, tensor};
 use super::block::{LAYER, Sizes};
 use super::ragged::{Feed, Ragged, ragged};
@@ -25,6 +26,13 @@ pub struct SelectiveScan {
     pub seed: u32,
 }
 
+impl SelectiveScan {
+    fn sizes(&self) -> Sizes {
+        let (hidden, d_state) = (self.d_inner, self.d_state);
+        Sizes { hidden, expand: 1, d_state, dt_rank: self.dt_rank, ..Sizes::small() }
+    }
+}
+
 impl Problem for SelectiveScan {
     fn strategy(numbers: &Numbers) -> BoxedStrategy<Self> {
         let precision = numbers.precision;
@@ -39,6 +47,13 @@ impl Problem for SelectiveScan {
                 Self { d_inner, d_state, dt_rank, batch, precision, seed }
             })
             .boxed()
+    }
+
+    fn extent(&self) -> Result<Extent> {
+        let wide = Extent::of(&[&[5, self.d_inner], &[self.dt_rank], &[self.d_inner, self.d_state]]);
+        wide.check()?;
+        let cols = 5 * self.d_inner + self.dt_rank + 2 * self.d_state;
+        wide.states(&self.sizes().unchecked(), &self.batch, cols)
     }
 
     fn inputs(&self) -> Recording {
@@ -69,8 +84,7 @@ impl Sequential for SelectiveScan {
     type Held<B: Backend> = [B::Weight; 3];
 
     fn config(&self) -> Config {
-        let (hidden, d_state) = (self.d_inner, self.d_state);
-        Sizes { hidden, expand: 1, d_state, dt_rank: self.dt_rank, ..Sizes::small() }.config()
+        self.sizes().config()
     }
 
     fn ragged(&self) -> &Ragged {

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::Problem;
+use super::extent::{Extent, some};
 use super::bench::{self, Draw};
 use crate::precision::{Numbers, Precision};
 
@@ -29,6 +30,11 @@ impl Problem for SiluMul {
         (0..=9usize, n, any::<u32>())
             .prop_map(move |(rows, n, seed)| Self { rows, n, precision, seed })
             .boxed()
+    }
+
+    fn extent(&self) -> Result<Extent> {
+        some(&[("n", self.n)])?;
+        Ok(Extent::of(&[&[3, self.rows, self.n], &[2, self.n]]))
     }
 
     fn inputs(&self) -> Recording {
