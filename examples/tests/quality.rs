@@ -9,7 +9,7 @@ const BOUNDS: [(WeightFormat, f64, f64, f64); 4] = [
     (WeightFormat::Stored, 0.0, 0.0, 1.0),
     (WeightFormat::ExpertsInt8, 0.005, 0.001, 0.98),
     (WeightFormat::Int8, 0.005, 0.001, 0.98),
-    (WeightFormat::Int4, 0.05, 0.05, 0.88),
+    (WeightFormat::Int4, 0.05, 0.03, 0.89),
 ];
 
 #[test]

@@ -49,7 +49,7 @@
 //!   largest magnitude gets the longer side.
 //!
 //! Of the scales to choose from, those are left out that are subnormal, that take a q out of its
-//! range (nothing is ever clipped), or that leave no q of magnitude 126 or 127 (7 or 8 in int4);
+//! range (no weight is clipped), or that leave no q of magnitude 126 or 127 (7 or 8 in int4);
 //! without any left, all q and the scale are zero. Of the others the one with the least squared
 //! error is taken, the first among equals: f32 sums of `(w / scale - q)^2`, added in halves (weight
 //! i with i + 16, then i + 8, ...), times the square of `scale / first scale`.
@@ -139,7 +139,7 @@ impl WeightFormat {
             (Self::Stored, _) | (_, Role::Router) => return Layout::Stored,
             (Self::ExpertsInt8, Role::Experts | Role::Mlp) => Int8Row,
             (Self::ExpertsInt8, _) => return Layout::Stored,
-            // x_proj and dt_proj (Selection) are not worth four bits: see docs/formats.md.
+            // Four bits would save x_proj and dt_proj little, and cost: docs/formats.md has figures.
             (Self::Int4, Role::Experts | Role::Mlp | Role::Linear) => Int4Block,
             (Self::Int8 | Self::Int4, _) => Int8Block,
         };
