@@ -10,7 +10,7 @@ use memmap2::Mmap;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-use crate::config::{missing, read_json};
+use crate::config::{missing, read_json, regular_file};
 use crate::error::{Error, Result};
 use crate::tensor::{Bytes, Dtype, HostTensor, Owner, Param};
 use crate::weights::{ParamSpec, Source, Weights};
@@ -78,7 +78,7 @@ impl Checkpoint {
             Self { folder: folder.to_owned(), shards: Vec::new(), tensors: HashMap::new() };
         let index = folder.join(INDEX);
         let single = folder.join(SINGLE);
-        if single.is_file() {
+        if regular_file(&single)?.is_some() {
             checkpoint.tensors = checkpoint.map(single)?;
         } else if let Some(value) = read_json(&index)? {
             checkpoint.open_shards(&index, &value)?;
@@ -107,7 +107,7 @@ impl Checkpoint {
         files.sort_unstable();
         for (file, names) in files {
             let path = self.folder.join(file);
-            if !path.is_file() {
+            if regular_file(&path)?.is_none() {
                 return Err(wrong(format!("it names the shard {file}, which is not there")));
             }
             let mut found = self.map(path)?;

@@ -1,5 +1,7 @@
 //! `config.json` to [`Config`], validated once.
 
+use std::fs::{self, Metadata};
+use std::io::{ErrorKind, Read};
 use std::path::Path;
 
 use serde_json::{Map, Value};
@@ -67,6 +69,13 @@ pub struct Config {
     pub dtype: Option<Dtype>,
 }
 
+const FILE: &str = "config.json";
+const GENERATION: &str = "generation_config.json";
+
+/// Bytes of a JSON file at most: ten times the largest of published models, the index of a
+/// checkpoint of many shards.
+const MAX_JSON: u64 = 64 << 20;
+
 // No model that fits any machine is larger. Within these limits the bytes of all parameters, as
 // f32, fit `u64`, and the table of their names fits memory.
 const MAX_VOCAB: usize = 1 << 24;
@@ -88,11 +97,11 @@ impl Config {
         let path = folder.join("config.json");
         let value = read_json(&path)?.ok_or_else(|| missing(folder, "config.json"))?;
         let mut config = Self::from_value(&value)?;
-        if let Some(generation) = read_json(&folder.join("generation_config.json"))? {
-            let field = Fields::new(&generation, "generation_config.json")?;
+        if let Some(generation) = read_json(&folder.join(GENERATION))? {
+            let field = Fields::new(&generation, GENERATION)?;
             if let Some(ids) = field.ids("eos_token_id")? {
                 config.eos_token_ids = ids;
-                config.validate()?;
+                config.check_eos(GENERATION)?;
             }
         }
         Ok(config)
@@ -265,14 +274,21 @@ impl Config {
         ensure(eps.is_finite() && eps > 0.0, "rms_norm_eps", eps, || {
             "it must be positive and finite".into()
         })?;
-        let bos = self.bos_token_id.iter().map(|id| ("bos_token_id", *id));
-        let eos = self.eos_token_ids.iter().map(|id| ("eos_token_id", *id));
+        self.bos_token_id.map_or(Ok(()), |id| self.check_id(FILE, "bos_token_id", id))?;
+        self.check_eos(FILE)
+    }
+
+    fn check_eos(&self, file: &'static str) -> Result<()> {
+        self.eos_token_ids.iter().try_for_each(|id| self.check_id(file, "eos_token_id", *id))
+    }
+
+    fn check_id(&self, file: &'static str, field: &'static str, id: u32) -> Result<()> {
         let vocab = self.vocab_size;
-        for (field, id) in bos.chain(eos) {
-            let known = usize::try_from(id).is_ok_and(|id| id < vocab);
-            ensure(known, field, id, || format!("it must be below vocab_size ({vocab})"))?;
+        if usize::try_from(id).is_ok_and(|id| id < vocab) {
+            return Ok(());
         }
-        Ok(())
+        let allowed = format!("it must be below vocab_size ({vocab})");
+        Err(Error::Config { file, field, value: id.to_string(), allowed })
     }
 }
 
@@ -286,7 +302,7 @@ fn ensure(
 }
 
 fn config_error(field: &'static str, value: impl ToString, allowed: impl Into<String>) -> Error {
-    Error::Config { field, value: value.to_string(), allowed: allowed.into() }
+    Error::Config { file: FILE, field, value: value.to_string(), allowed: allowed.into() }
 }
 
 fn heads_do_not_divide(heads: usize, hidden_size: usize) -> Error {
@@ -318,41 +334,87 @@ pub(crate) fn missing(folder: &Path, wanted: &'static str) -> Error {
 
 /// The JSON in `path`; `None` if there is no such file.
 pub(crate) fn read_json(path: &Path) -> Result<Option<Value>> {
-    let bytes = match std::fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(e)
-            if matches!(
-                e.kind(),
-                std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory
-            ) =>
-        {
-            return Ok(None);
-        }
-        Err(e) => return Err(Error::io(path)(e)),
-    };
+    let Some(bytes) = read_file(path, MAX_JSON)? else { return Ok(None) };
     let value = serde_json::from_slice(&bytes)
         .map_err(|source| Error::Json { path: path.to_owned(), source })?;
     Ok(Some(value))
 }
 
+/// The contents of a regular file of at most `max` bytes; `None` if there is nothing of this name.
+pub(crate) fn read_file(path: &Path, max: u64) -> Result<Option<Vec<u8>>> {
+    let Some(metadata) = regular_file(path)? else { return Ok(None) };
+    let mut bytes = Vec::new();
+    if metadata.len() <= max {
+        let file = fs::File::open(path).map_err(Error::io(path))?;
+        file.take(max.saturating_add(1)).read_to_end(&mut bytes).map_err(Error::io(path))?;
+    }
+    if metadata.len() > max || bytes.len() as u64 > max {
+        return Err(refused(
+            path,
+            &format!("it has more than {max} bytes, so it is not what it should be"),
+        ));
+    }
+    Ok(Some(bytes))
+}
+
+/// What is known of a file; `None` if there is nothing of this name. What is no file, and a link
+/// that leads nowhere, is an error: opening a pipe waits, and reading a device need not end.
+pub(crate) fn regular_file(path: &Path) -> Result<Option<Metadata>> {
+    match fs::metadata(path) {
+        Ok(metadata) if metadata.is_file() => Ok(Some(metadata)),
+        Ok(metadata) if metadata.is_dir() => {
+            Err(refused(path, "it is a folder, a file is expected"))
+        }
+        Ok(_) => Err(refused(path, "it is not a regular file")),
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            match fs::symlink_metadata(path) {
+                Ok(_) => Err(refused(path, "it is a link to a file that is not there")),
+                Err(_) => Ok(None),
+            }
+        }
+        Err(e) => Err(Error::io(path)(e)),
+    }
+}
+
+fn refused(path: &Path, reason: &str) -> Error {
+    Error::io(path)(std::io::Error::new(ErrorKind::InvalidInput, reason))
+}
+
 /// Typed access to the keys of a JSON object; unknown keys are never looked at.
-pub(crate) struct Fields<'a>(&'a Map<String, Value>);
+pub(crate) struct Fields<'a> {
+    map: &'a Map<String, Value>,
+    /// Named by errors.
+    file: &'static str,
+}
 
 impl<'a> Fields<'a> {
     pub(crate) fn new(value: &'a Value, file: &'static str) -> Result<Self> {
         match value {
-            Value::Object(map) => Ok(Self(map)),
-            other => Err(config_error(file, kind(other), "a JSON object is expected")),
+            Value::Object(map) => Ok(Self { map, file }),
+            other => {
+                let (value, allowed) = (kind(other).into(), "a JSON object is expected".into());
+                Err(Error::Config { file, field: "the whole", value, allowed })
+            }
         }
+    }
+
+    fn error(
+        &self,
+        field: &'static str,
+        value: impl ToString,
+        allowed: impl Into<String>,
+    ) -> Error {
+        let (value, allowed) = (value.to_string(), allowed.into());
+        Error::Config { file: self.file, field, value, allowed }
     }
 
     /// The value of a key that is there and not null.
     fn get(&self, key: &str) -> Option<&'a Value> {
-        self.0.get(key).filter(|v| !v.is_null())
+        self.map.get(key).filter(|v| !v.is_null())
     }
 
     fn is_null(&self, key: &str) -> bool {
-        self.0.get(key).is_some_and(Value::is_null)
+        self.map.get(key).is_some_and(Value::is_null)
     }
 
     fn parse<T>(
@@ -362,7 +424,7 @@ impl<'a> Fields<'a> {
         parse: impl FnOnce(&'a Value) -> Option<T>,
     ) -> Result<Option<T>> {
         let Some(value) = self.get(key) else { return Ok(None) };
-        parse(value).map(Some).ok_or_else(|| config_error(key, brief(value), allowed))
+        parse(value).map(Some).ok_or_else(|| self.error(key, brief(value), allowed))
     }
 
     pub(crate) fn size(&self, key: &'static str) -> Result<Option<usize>> {
@@ -373,7 +435,7 @@ impl<'a> Fields<'a> {
     /// A size that may be absent, but not null.
     fn size_or(&self, key: &'static str, default: usize) -> Result<usize> {
         if self.is_null(key) {
-            return Err(config_error(key, "null", "a whole number is expected"));
+            return Err(self.error(key, "null", "a whole number is expected"));
         }
         Ok(self.size(key)?.unwrap_or(default))
     }
@@ -402,11 +464,7 @@ impl<'a> Fields<'a> {
             None => Ok(hidden_size.div_ceil(16)),
             Some(Value::String(s)) if s == "auto" => Ok(hidden_size.div_ceil(16)),
             Some(value) => value.as_u64().and_then(|n| usize::try_from(n).ok()).ok_or_else(|| {
-                config_error(
-                    "mamba_dt_rank",
-                    brief(value),
-                    "a whole number or \"auto\" is expected",
-                )
+                self.error("mamba_dt_rank", brief(value), "a whole number or \"auto\" is expected")
             }),
         }
     }
@@ -425,21 +483,21 @@ impl<'a> Fields<'a> {
     fn refuse_unsupported(&self) -> Result<()> {
         let text = |key| self.get(key).map(brief);
         if let Some(value) = self.get("model_type").filter(|v| v.as_str() != Some("jamba")) {
-            return Err(config_error("model_type", brief(value), "only \"jamba\" is supported"));
+            return Err(self.error("model_type", brief(value), "only \"jamba\" is supported"));
         }
         if let Some(quantization) = self.get("quantization_config") {
             let method = quantization.get("quant_method").map_or("missing".into(), brief);
             let allowed =
                 "pre-quantised checkpoints are not supported: use the F32, F16 or BF16 original";
-            return Err(config_error("quantization_config.quant_method", method, allowed));
+            return Err(self.error("quantization_config.quant_method", method, allowed));
         }
         if let Some(value) =
             self.get("hidden_act").filter(|v| !matches!(v.as_str(), Some("silu" | "swish")))
         {
-            return Err(config_error("hidden_act", brief(value), "only \"silu\" is supported"));
+            return Err(self.error("hidden_act", brief(value), "only \"silu\" is supported"));
         }
         if let Some(value) = text("sliding_window") {
-            return Err(config_error(
+            return Err(self.error(
                 "sliding_window",
                 value,
                 "only null (attention to all earlier tokens) is supported",
@@ -447,7 +505,7 @@ impl<'a> Fields<'a> {
         }
         if self.flag("mamba_inner_layernorms")? == Some(false) {
             let allowed = "only true is supported (RMSNorm on dt, B and C)";
-            return Err(config_error("mamba_inner_layernorms", "false", allowed));
+            return Err(self.error("mamba_inner_layernorms", "false", allowed));
         }
         Ok(())
     }

@@ -1,7 +1,9 @@
 //! What can go wrong, with the facts that say what to do about it.
 
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
+use crate::backend::StatePart;
 use crate::tensor::Role;
 
 /// Result of this crate.
@@ -12,7 +14,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum Error {
     /// A file or folder could not be read or written.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}", escaped(path.display()))]
     Io {
         /// The file or folder.
         path: PathBuf,
@@ -22,7 +24,7 @@ pub enum Error {
     /// A model folder lacks something that every model folder has.
     #[error(
         "{} has no {wanted}: {}",
-        folder.display(),
+        escaped(folder.display()),
         found.map_or("a Hugging Face model folder is expected".into(), |f| {
             format!("it has {f}, which must be converted first")
         })
@@ -36,17 +38,19 @@ pub enum Error {
         found: Option<&'static str>,
     },
     /// A file is not the JSON it should be.
-    #[error("{} is not valid JSON: {source}", path.display())]
+    #[error("{} is not valid JSON: {source}", escaped(path.display()))]
     Json {
         /// The file.
         path: PathBuf,
         /// Line, column and reason.
         source: serde_json::Error,
     },
-    /// A field of `config.json` has a value that cannot be run.
-    #[error("config field `{field}` is {value}, but {allowed}")]
+    /// A field of `config.json`, or of another JSON file of a model, has a value that cannot be run.
+    #[error("`{field}` of {file} is {}, but {allowed}", escaped(value))]
     Config {
-        /// Name of the field, as in `config.json`.
+        /// Name of the file.
+        file: &'static str,
+        /// Name of the field, as in the file.
         field: &'static str,
         /// Its value, `missing` if it is not there.
         value: String,
@@ -62,7 +66,7 @@ pub enum Error {
         known: String,
     },
     /// A weights file does not follow the safetensors format.
-    #[error("{} is not a valid safetensors file: {reason}", path.display())]
+    #[error("{} is not a valid safetensors file: {}", escaped(path.display()), escaped(reason))]
     Safetensors {
         /// The file.
         path: PathBuf,
@@ -70,7 +74,7 @@ pub enum Error {
         reason: String,
     },
     /// `model.safetensors.index.json` does not fit the files beside it.
-    #[error("{}: {reason}", path.display())]
+    #[error("{}: {}", escaped(path.display()), escaped(reason))]
     Index {
         /// The index file.
         path: PathBuf,
@@ -78,7 +82,7 @@ pub enum Error {
         reason: String,
     },
     /// The configuration needs a tensor that the checkpoint lacks.
-    #[error("tensor `{name}` is not in the checkpoint {}", path.display())]
+    #[error("tensor `{}` is not in the checkpoint {}", escaped(name), escaped(path.display()))]
     MissingTensor {
         /// Its name in the checkpoint.
         name: String,
@@ -88,8 +92,9 @@ pub enum Error {
     /// The checkpoint has tensors that the configuration does not.
     #[error(
         "{count} tensors of {} are not part of the model that config.json describes, \
-         `{name}` among them: the two do not belong together",
-        path.display()
+         `{}` among them: the two do not belong together",
+        escaped(path.display()),
+        escaped(name)
     )]
     UnusedTensors {
         /// Folder of the checkpoint.
@@ -101,8 +106,9 @@ pub enum Error {
     },
     /// A tensor of the checkpoint has another shape than the configuration says.
     #[error(
-        "tensor `{name}` in {} has shape {got:?}, the configuration requires {expected:?}",
-        path.display()
+        "tensor `{}` in {} has shape {got:?}, the configuration requires {expected:?}",
+        escaped(name),
+        escaped(path.display())
     )]
     TensorShape {
         /// Its name in the checkpoint.
@@ -115,7 +121,11 @@ pub enum Error {
         got: Vec<usize>,
     },
     /// A tensor of the checkpoint has a dtype that is not supported.
-    #[error("tensor `{name}` in {} is {got}: F32, F16 and BF16 are supported", path.display())]
+    #[error(
+        "tensor `{}` in {} is {got}: F32, F16 and BF16 are supported",
+        escaped(name),
+        escaped(path.display())
+    )]
     TensorDtype {
         /// Its name in the checkpoint.
         name: String,
@@ -126,8 +136,9 @@ pub enum Error {
     },
     /// A weight cannot be quantised.
     #[error(
-        "tensor `{name}` cannot be quantised: its weight in row {row}, column {column} is {value}, \
-         and only finite ones below 2^126 have a scale (`stored` keeps weights as they are)"
+        "tensor `{}` cannot be quantised: its weight in row {row}, column {column} is {value}, \
+         and only finite ones below 2^126 have a scale (`stored` keeps weights as they are)",
+        escaped(name)
     )]
     WeightRange {
         /// The parameter's name in the checkpoint's terms.
@@ -140,7 +151,7 @@ pub enum Error {
         value: f32,
     },
     /// The tokenizer could not be read or refused its input.
-    #[error("tokenizer {}: {reason}", path.display())]
+    #[error("tokenizer {}: {}", escaped(path.display()), escaped(reason))]
     Tokenizer {
         /// The tokenizer's file.
         path: PathBuf,
@@ -187,6 +198,9 @@ pub enum Error {
     /// A prompt was given to a generator that has generated a token or ended.
     #[error("the prompt comes too late: this generator has generated a token or ended")]
     LatePrompt,
+    /// A text was given to a generator that knows only ids.
+    #[error("this generator was made without a tokenizer: give it token ids")]
+    NoTokenizer,
     /// More tokens than the session was made for.
     #[error(
         "{needed} tokens of context are needed, {allocated} were allocated: \
@@ -254,8 +268,18 @@ pub enum Error {
         /// Tokens that the session holds.
         held: usize,
     },
+    /// A part of the state was asked for that a layer does not have.
+    #[error("there is no {part:?} state in layer {layer}: {reason}")]
+    NoState {
+        /// The layer.
+        layer: usize,
+        /// What was asked for.
+        part: StatePart,
+        /// What there is.
+        reason: String,
+    },
     /// A file is not a saved state, or not a whole one.
-    #[error("{} is not a usable state: {reason}", path.display())]
+    #[error("{} is not a usable state: {}", escaped(path.display()), escaped(reason))]
     StateFile {
         /// The file.
         path: PathBuf,
@@ -263,7 +287,11 @@ pub enum Error {
         reason: String,
     },
     /// A state belongs to another model.
-    #[error("the state is of another model: its {what} is {state}, this model's is {model}")]
+    #[error(
+        "the state is of another model: its {} is {}, this model's is {model}",
+        escaped(what),
+        escaped(state)
+    )]
     StateMismatch {
         /// What differs.
         what: String,
@@ -313,6 +341,27 @@ pub enum Error {
     },
 }
 
+/// Text as a message shows it that came from a file: what would move the cursor, colour a terminal
+/// or turn the line around is spelled out, and the end of a long text is left out.
+pub fn escaped(text: impl Display) -> String {
+    const LONGEST: usize = 1000;
+    let text = text.to_string();
+    let mut out = String::with_capacity(text.len().min(LONGEST));
+    for (count, c) in text.chars().enumerate() {
+        if count == LONGEST {
+            out.push_str("...");
+            break;
+        }
+        let turns = matches!(c, '\u{200E}' | '\u{200F}' | '\u{2028}'..='\u{202E}' | '\u{2066}'..='\u{2069}');
+        if c.is_control() || turns {
+            out.extend(c.escape_default());
+        } else {
+            out.push(c);
+        }
+    }
+    out
+}
+
 impl Error {
     /// An [`Error::Io`] about `path`.
     pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
@@ -327,6 +376,33 @@ pub(crate) fn at_least_one(options: &[(&'static str, usize)]) -> Result<()> {
         Some(&(option, value)) => {
             let allowed = "it must be at least 1";
             Err(Error::Option { option, value: value.to_string(), allowed })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_file_says_does_not_reach_the_terminal() {
+        let name = "a\u{1b}[31mred\u{9b}2J\r\n\u{202e}tseb\u{7f}é狐";
+        let shown = "a\\u{1b}[31mred\\u{9b}2J\\r\\n\\u{202e}tseb\\u{7f}é狐";
+        assert_eq!(escaped(name), shown);
+        assert_eq!(escaped("x".repeat(2000)).len(), 1003);
+        let (path, name) = (PathBuf::from("\u{1b}c"), name.to_owned());
+        let reason = name.clone();
+        let errors = [
+            Error::UnusedTensors { path: path.clone(), count: 1, name: name.clone() },
+            Error::Index { path: path.clone(), reason: reason.clone() },
+            Error::Safetensors { path: path.clone(), reason: reason.clone() },
+            Error::StateFile { path: path.clone(), reason: reason.clone() },
+            Error::Tokenizer { path, reason: reason.clone() },
+            Error::StateMismatch { what: name, state: reason, model: "1".into() },
+        ];
+        for error in errors {
+            let message = error.to_string();
+            assert!(message.contains(shown) && !message.contains(char::is_control), "{message}");
         }
     }
 }

@@ -1,20 +1,29 @@
 //! Text to token ids and back, whole or one id at a time.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use serde_json::Value;
+use tokenizers::models::ModelWrapper;
 
-use crate::config::{Fields, missing, read_json};
+use crate::config::{Fields, missing, read_file, read_json};
 use crate::error::{Error, Result};
 
+mod decoder;
 #[cfg(test)]
 mod tests;
+
+use decoder::Alphabet;
+pub use decoder::Decoder;
+
+/// Bytes of a `tokenizer.json` at most: several times the largest of published models.
+const MAX_FILE: u64 = 256 << 20;
 
 /// The tokenizer of a model folder. A clone shares it.
 ///
 /// A special token that is spelled out in a text (`<|endoftext|>`) becomes its id, as in
-/// transformers: text that is not trusted should be searched for them first.
+/// transformers; [`encode_untrusted`](Self::encode_untrusted) is for text of which it must not.
 #[derive(Clone)]
 pub struct Tokenizer {
     inner: Arc<Inner>,
@@ -22,6 +31,11 @@ pub struct Tokenizer {
 
 struct Inner {
     tokenizer: tokenizers::Tokenizer,
+    /// The same, to which special tokens are mere text. Made when it is first needed.
+    untrusting: OnceLock<tokenizers::Tokenizer>,
+    alphabet: Alphabet,
+    /// The largest id, plus one.
+    ids: usize,
     path: PathBuf,
     bos_id: Option<u32>,
     eos_id: Option<u32>,
@@ -33,21 +47,33 @@ impl Tokenizer {
     ///
     /// Of `tokenizer_config.json`, `add_bos_token`, `bos_token` and `eos_token` are used. A
     /// truncation or padding that `tokenizer.json` asks for is switched off: a text is encoded
-    /// whole or not at all.
+    /// whole or not at all. So is the dropout of BPE, which makes encodings random in training:
+    /// a text has one encoding. (transformers leaves it on.)
     ///
     /// # Errors
     /// [`Error::Missing`], [`Error::Io`], [`Error::Json`], [`Error::Config`] for a field of
-    /// another type than expected, [`Error::Tokenizer`] for a tokenizer that cannot be used.
+    /// another type than expected, [`Error::Tokenizer`] for a tokenizer that cannot be used. A
+    /// file that makes the `tokenizers` crate panic is such an error too, here and later, unless
+    /// the program was built to abort on panics; the panic's message goes where the program's
+    /// panic hook sends it.
     pub fn from_folder(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let path = folder.join("tokenizer.json");
-        if !path.exists() {
-            return Err(missing(folder, "tokenizer.json"));
-        }
-        let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
-        let mut tokenizer =
-            tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| refused(&path, e))?;
-        tokenizer.with_padding(None).with_truncation(None).map_err(|e| refused(&path, e))?;
+        let bytes = read_file(&path, MAX_FILE)?.ok_or_else(|| missing(folder, "tokenizer.json"))?;
+        let (tokenizer, ids) = guarded(&path, || {
+            let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes)?;
+            tokenizer.with_padding(None).with_truncation(None)?;
+            if let ModelWrapper::BPE(bpe) = tokenizer.get_model()
+                && bpe.dropout.is_some()
+            {
+                let mut bpe = bpe.clone();
+                bpe.dropout = None;
+                tokenizer.with_model(bpe);
+            }
+            let ids = tokenizer.get_vocab(true).into_values().max();
+            Ok((tokenizer, ids.map_or(0, |id| id as usize + 1)))
+        })?;
+        let alphabet = Alphabet::new(tokenizer.get_decoder());
 
         let (mut bos_id, mut eos_id, mut add_bos) = (None, None, false);
         let config_path = folder.join("tokenizer_config.json");
@@ -64,7 +90,9 @@ impl Tokenizer {
                 return Err(refused(&config_path, reason));
             }
         }
-        Ok(Self { inner: Arc::new(Inner { tokenizer, path, bos_id, eos_id, add_bos }) })
+        let untrusting = OnceLock::new();
+        let inner = Inner { tokenizer, untrusting, alphabet, ids, path, bos_id, eos_id, add_bos };
+        Ok(Self { inner: Arc::new(inner) })
     }
 
     /// Ids of `text`, with the special tokens that the tokenizer puts around a text.
@@ -76,7 +104,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`].
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let mut ids = self.ids(text, true)?;
+        let mut ids = self.ids(&self.inner.tokenizer, text, true)?;
         if let (true, Some(bos)) = (self.inner.add_bos, self.inner.bos_id)
             && ids.first() != Some(&bos)
         {
@@ -90,12 +118,34 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`].
     pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
-        self.ids(text, false)
+        self.ids(&self.inner.tokenizer, text, false)
     }
 
-    fn ids(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
-        let encoding = self.inner.tokenizer.encode_fast(text, add_special);
-        Ok(encoding.map_err(|e| refused(&self.inner.path, e))?.get_ids().to_vec())
+    /// [`encode_plain`](Self::encode_plain) of a text from somebody who must not give orders: a
+    /// special token that is spelled out in it (`<|im_start|>`) is encoded as the text that it is,
+    /// and never becomes its id. Tokens that `tokenizer.json` adds without calling them special
+    /// are found as ever.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`].
+    pub fn encode_untrusted(&self, text: &str) -> Result<Vec<u32>> {
+        let untrusting = self.inner.untrusting.get_or_init(|| {
+            let mut tokenizer = self.inner.tokenizer.clone();
+            tokenizer.set_encode_special_tokens(true);
+            tokenizer
+        });
+        self.ids(untrusting, text, false)
+    }
+
+    fn ids(
+        &self,
+        tokenizer: &tokenizers::Tokenizer,
+        text: &str,
+        add_special: bool,
+    ) -> Result<Vec<u32>> {
+        guarded(&self.inner.path, || {
+            Ok(tokenizer.encode_fast(text, add_special)?.get_ids().to_vec())
+        })
     }
 
     /// The text of `ids` without special tokens.
@@ -121,8 +171,7 @@ impl Tokenizer {
         if ids.is_empty() {
             return Ok(String::new());
         }
-        let text = self.inner.tokenizer.decode(ids, skip_special);
-        text.map_err(|e| refused(&self.inner.path, e))
+        guarded(&self.inner.path, || self.inner.tokenizer.decode(ids, skip_special))
     }
 
     /// The id of a token, spelled as in the vocabulary.
@@ -156,14 +205,25 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`].
     pub fn decoder(&self, before: &[u32]) -> Result<Decoder> {
-        let heard = before.iter().rev().filter(|id| !self.is_silent(**id));
-        let mut ids: Vec<u32> = heard.copied().take(KEEP).collect();
-        ids.reverse();
-        let mut given = self.decode(&ids)?;
-        let open = open_tail(&given);
-        given.truncate(given.len() - open);
-        let inherited = open / REPLACEMENT.len_utf8();
-        Ok(Decoder { tokenizer: self.clone(), ids, given, fresh: 0, inherited })
+        Decoder::new(self, before)
+    }
+
+    /// Refuses the tokenizer for a model whose vocabulary is smaller than its own: it is that of
+    /// another model. (A model may have more ids than its tokenizer uses.)
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`].
+    pub fn check_vocab(&self, vocab_size: usize) -> Result<()> {
+        let Inner { ids, path, .. } = &*self.inner;
+        if *ids <= vocab_size {
+            return Ok(());
+        }
+        let reason = format!(
+            "its ids go up to {}, but the model's vocabulary has {vocab_size}: it belongs to \
+             another model; take the tokenizer.json of the folder that the weights are from",
+            ids - 1
+        );
+        Err(refused(path, reason))
     }
 
     /// Whether [`decode`](Self::decode) leaves this id out.
@@ -171,6 +231,20 @@ impl Tokenizer {
         let special =
             |token: &str| self.inner.tokenizer.get_added_vocabulary().is_special_token(token);
         self.token(id).is_none_or(|token| special(&token))
+    }
+}
+
+/// What `work` returns, or the panic that it ended in, as an error that names the file to blame.
+fn guarded<T>(path: &Path, work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
+    // What is left of an interrupted call is a cache that was not filled.
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(result) => result.map_err(|e| refused(path, e)),
+        Err(panic) => {
+            let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+            let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+            let text = text.unwrap_or_else(|| "no message".into());
+            Err(refused(path, format!("it made the tokenizers crate panic ({text})")))
+        }
     }
 }
 
@@ -185,129 +259,11 @@ fn token_text<'a>(config: &'a Value, key: &'static str) -> Result<Option<&'a str
         Some(value) => match value.get("content").unwrap_or(value).as_str() {
             Some(token) => Ok(Some(token)),
             None => Err(Error::Config {
+                file: "tokenizer_config.json",
                 field: key,
                 value: value.to_string(),
                 allowed: "a string, or an object with `content`, is expected".into(),
             }),
         },
     }
-}
-
-/// Ids to text, one at a time: each push returns the text that became certain.
-///
-/// A character whose bytes are split over several tokens is returned whole, with the last of them;
-/// bytes that cannot become one are returned as U+FFFD. The pieces and [`finish`](Self::finish)
-/// together are the text that [`Tokenizer::decode`] gives for all ids at once. (With one exception:
-/// a byte-fallback tokenizer turns a whole run of byte tokens into U+FFFD where one is wrong, even
-/// those returned already.)
-///
-/// Text is found by decoding the last few ids and taking off what was there before, so that a
-/// decoder that treats the first token in another way than the others (it drops a leading space)
-/// is followed. A push costs the same however long the text is.
-#[derive(Clone)]
-pub struct Decoder {
-    tokenizer: Tokenizer,
-    /// The window: the last ids that have text.
-    ids: Vec<u32>,
-    /// Text of the window that was returned already, or that belongs to the ids before.
-    given: String,
-    /// Ids at the end of the window, pushed since it last began at the end of a character.
-    fresh: usize,
-    /// How many U+FFFD the ids before end in, until it is known what becomes of them.
-    inherited: usize,
-}
-
-const REPLACEMENT: char = '\u{FFFD}';
-/// One character is at most four bytes, each of which may be a token of its own.
-const OPEN: usize = 3;
-/// Ids kept where a window that never ends in a whole character is cut. The open tail is at most
-/// three U+FFFD, each of them at most three bytes.
-const KEEP: usize = 12;
-/// Fresh ids at which such a window is cut.
-const LIMIT: usize = 32;
-
-impl Decoder {
-    /// Takes the next id and returns the text that became certain, possibly none.
-    ///
-    /// # Errors
-    /// [`Error::Tokenizer`].
-    pub fn push(&mut self, id: u32) -> Result<String> {
-        if self.tokenizer.is_silent(id) {
-            return Ok(String::new());
-        }
-        self.ids.push(id);
-        self.fresh += 1;
-        let text = self.tokenizer.decode(&self.ids)?;
-        let Some(tail) = text.strip_prefix(self.given.as_str()) else {
-            return self.restart(&text);
-        };
-        let open = open_tail(tail);
-        let piece = tail[..tail.len() - open].to_owned();
-        if open == 0 && !piece.is_empty() {
-            self.cut(self.fresh, 0)?;
-            self.fresh = 0;
-        } else if self.fresh > LIMIT {
-            self.cut(KEEP, open)?;
-            self.fresh = KEEP;
-        } else {
-            self.given.push_str(&piece);
-        }
-        Ok(self.own(piece))
-    }
-
-    /// Returns what was held back, with U+FFFD for a character that was never completed, and
-    /// makes the decoder ready for a new text.
-    ///
-    /// # Errors
-    /// [`Error::Tokenizer`].
-    pub fn finish(&mut self) -> Result<String> {
-        let text = self.tokenizer.decode(&self.ids)?;
-        let tail = match text.strip_prefix(self.given.as_str()) {
-            Some(tail) => tail.to_owned(),
-            None => self.tokenizer.decode(&self.ids[self.ids.len() - self.fresh..])?,
-        };
-        let tail = self.own(tail);
-        self.ids.clear();
-        self.given.clear();
-        (self.fresh, self.inherited) = (0, 0);
-        Ok(tail)
-    }
-
-    /// Keeps the last `keep` ids as the window; the last `open` bytes of its text are not given.
-    fn cut(&mut self, keep: usize, open: usize) -> Result<()> {
-        self.ids.drain(..self.ids.len() - keep);
-        self.given = self.tokenizer.decode(&self.ids)?;
-        let end = self.given.floor_char_boundary(self.given.len().saturating_sub(open));
-        self.given.truncate(end);
-        Ok(())
-    }
-
-    /// The text of the window has changed where it was given already. A byte-fallback decoder does
-    /// this while a run of byte tokens, of which some were given, has an open character.
-    fn restart(&mut self, text: &str) -> Result<String> {
-        if text.ends_with(REPLACEMENT) && self.fresh <= OPEN {
-            return Ok(String::new());
-        }
-        self.ids.drain(..self.ids.len() - self.fresh);
-        self.given = self.tokenizer.decode(&self.ids)?;
-        self.given.truncate(self.given.len() - open_tail(&self.given));
-        Ok(self.own(self.given.clone()))
-    }
-
-    /// Takes off the U+FFFD that the ids before end in, if they did not become a character.
-    fn own(&mut self, mut piece: String) -> String {
-        if !piece.is_empty() && self.inherited > 0 {
-            let theirs = piece.chars().take(self.inherited).take_while(|c| *c == REPLACEMENT);
-            let theirs = theirs.count() * REPLACEMENT.len_utf8();
-            piece.drain(..theirs);
-            self.inherited = 0;
-        }
-        piece
-    }
-}
-
-/// Bytes of the U+FFFD at the end of `text` that further ids may still turn into a character.
-fn open_tail(text: &str) -> usize {
-    let trailing = text.chars().rev().take(OPEN).take_while(|c| *c == REPLACEMENT);
-    trailing.map(char::len_utf8).sum()
 }

@@ -266,9 +266,10 @@ fn generation_config_replaces_the_eos_tokens() {
     assert_eq!(eos(Some(r#"{"temperature": 0.5}"#)).unwrap(), [2]);
 
     let beyond = eos(Some(r#"{"eos_token_id": 65536}"#)).unwrap_err();
-    assert_message(&beyond, "eos_token_id", "65536", "below vocab_size (65536)");
+    let file = "generation_config.json";
+    assert_message_of(file, &beyond, "eos_token_id", "65536", "below vocab_size (65536)");
     let list = eos(Some("[2]")).unwrap_err();
-    assert_message(&list, "generation_config.json", "a list", "a JSON object");
+    assert_message_of(file, &list, "the whole", "a list", "a JSON object");
     let broken = eos(Some("{")).unwrap_err();
     assert!(broken.to_string().contains("generation_config.json"), "{broken}");
 }
@@ -313,9 +314,14 @@ fn text_that_is_not_json_is_an_error() {
 /// An [`Error::Config`] about `field` whose message has its name, its value and what is allowed.
 #[track_caller]
 fn assert_message(error: &Error, field: &str, value: &str, allowed: &str) {
+    assert_message_of("config.json", error, field, value, allowed);
+}
+
+#[track_caller]
+fn assert_message_of(file: &str, error: &Error, field: &str, value: &str, allowed: &str) {
     let message = error.to_string();
     assert!(matches!(error, Error::Config { .. }), "{message}");
-    let start = format!("config field `{field}` is {value}, but ");
+    let start = format!("`{field}` of {file} is {value}, but ");
     assert!(message.starts_with(&start), "{message:?} does not start with {start:?}");
     assert!(message.contains(allowed), "{message:?} does not contain {allowed:?}");
 }
@@ -492,7 +498,7 @@ fn other_top_levels_are_refused() {
     ];
     for (text, kind) in rows {
         let error = Config::from_json(text).unwrap_err();
-        assert_message(&error, "config.json", kind, "a JSON object is expected");
+        assert_message(&error, "the whole", kind, "a JSON object is expected");
     }
 }
 

@@ -10,6 +10,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize_to_file};
 
 use super::{Checkpoint, Origin, Segment, Snapshot, Span, Value};
 use crate::backend::StatePart;
+use crate::config::regular_file;
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Hasher};
 use crate::transfer;
@@ -120,6 +121,7 @@ impl Snapshot {
     /// [`Error::Io`], [`Error::StateFile`] for a file that is truncated, damaged, or no state.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
+        regular_file(path)?;
         let bytes = std::fs::read(path).map_err(Error::io(path))?;
         parse(&bytes).map_err(|reason| Error::StateFile { path: path.to_owned(), reason })
     }

@@ -4,6 +4,8 @@ use serde_json::json;
 
 use super::*;
 
+const REPLACEMENT: char = '\u{FFFD}';
+
 const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/jamba-tales-11m");
 
 fn demo() -> Tokenizer {
@@ -220,15 +222,67 @@ fn bytes_that_are_no_character_do_not_hold_text_back() {
     let mut decoder = tokenizer.decoder(&[]).unwrap();
     let mut ids = bytes_of("🦊");
     ids.extend([BYTE + 0xFF; 40]);
-    let held = |pieces: &[String]| pieces.iter().rev().take_while(|p| p.is_empty()).count();
     let pieces: Vec<_> = ids.iter().map(|&id| decoder.push(id).unwrap()).collect();
-    assert_eq!(pieces[3], "🦊");
-    assert!((0..ids.len()).all(|i| held(&pieces[..=i]) <= 4), "{pieces:?}");
-    assert_eq!(decoder.push(5).unwrap(), "\u{FFFD}\u{FFFD}\u{FFFD} fox");
+    assert_eq!(pieces[..4], ["", "", "", "🦊"]);
+    assert!(pieces[4..].iter().all(|piece| piece == "\u{FFFD}"));
+    assert_eq!(decoder.push(5).unwrap(), " fox");
 
     // A wrong byte after a whole character, then text.
     let mut decoder = tokenizer.decoder(&bytes_of("🦊")).unwrap();
-    assert_eq!(stream(&mut decoder, &[BYTE + 0xFF, 5, 6]), ["", "\u{FFFD} fox", "a", ""]);
+    assert_eq!(stream(&mut decoder, &[BYTE + 0xFF, 5, 6]), ["\u{FFFD}", " fox", "a", ""]);
+}
+
+/// What comes before may be long, and may end anywhere within a run of bytes.
+#[test]
+fn a_text_that_goes_on_within_a_run_of_bytes() {
+    let tokenizer = llama();
+    let text = "é狐🦊ñ的é🐻狐éé🦊的";
+    let ids = bytes_of(text);
+    for cut in 0..=ids.len() {
+        let mut decoder = tokenizer.decoder(&ids[..cut]).unwrap();
+        let whole = text.floor_char_boundary(cut);
+        assert_eq!(stream(&mut decoder, &ids[cut..]).concat(), text[whole..], "{cut}");
+        // One that does not go on has its U+FFFD before.
+        let mut decoder = tokenizer.decoder(&ids[..cut]).unwrap();
+        let expected = if cut == 0 { "fox" } else { " fox" };
+        assert_eq!(stream(&mut decoder, &[5]).concat(), expected, "{cut}");
+        // More of the wrong bytes: those that come now are ours.
+        let mut decoder = tokenizer.decoder(&ids[..cut]).unwrap();
+        let pieces = stream(&mut decoder, &[BYTE + 0xE7, 5]).concat();
+        assert_eq!(pieces, "\u{FFFD} fox", "{cut}");
+    }
+}
+
+#[test]
+fn a_literal_replacement_character_survives() {
+    let text = "a\u{FFFD}\u{FFFD}é\u{FFFD}";
+    for (tokenizer, ids) in
+        [(demo(), demo().encode_plain(text).unwrap()), (llama(), bytes_of(text))]
+    {
+        for cut in 0..ids.len() {
+            let before = tokenizer.decode(&ids[..cut]).unwrap();
+            let mut decoder = tokenizer.decoder(&ids[..cut]).unwrap();
+            let after = stream(&mut decoder, &ids[cut..]).concat();
+            // The one that the cut is in may be shown on either side.
+            let all = before.trim_end_matches(REPLACEMENT).to_owned()
+                + text[before.trim_end_matches(REPLACEMENT).len()..].trim_end_matches(&after)
+                + &after;
+            assert_eq!(all, text, "{cut}: {before:?}, {after:?}");
+        }
+        let pieces = stream(&mut tokenizer.decoder(&[]).unwrap(), &ids);
+        assert_eq!(pieces.concat(), text);
+    }
+}
+
+/// The first character of a text may be treated in a way of its own, also if it is made of bytes.
+#[test]
+fn a_text_that_begins_with_a_byte() {
+    let tokenizer = llama();
+    for text in [" a", "  a", "é a", "\u{FFFD}é"] {
+        let ids = bytes_of(text);
+        let whole = tokenizer.decode(&ids).unwrap();
+        assert_eq!(stream(&mut tokenizer.decoder(&[]).unwrap(), &ids).concat(), whole, "{text:?}");
+    }
 }
 
 #[test]
@@ -237,6 +291,50 @@ fn a_replacement_character_of_the_ids_before_is_theirs() {
     let before = tokenizer.encode("is \u{FFFD}").unwrap();
     let after = tokenizer.encode_plain("é a").unwrap();
     assert_eq!(stream(&mut tokenizer.decoder(&before).unwrap(), &after).concat(), "é a");
+}
+
+#[test]
+fn dropout_is_off() {
+    let mut tokenizer = read_json(&Path::new(DEMO).join("tokenizer.json")).unwrap().unwrap();
+    tokenizer["model"]["dropout"] = json!(0.9);
+    let tokenizer = Tokenizer::from_folder(folder(&tokenizer, &json!({})).path()).unwrap();
+    let text = "The little dog was so frightened that he ran away";
+    let expected = demo().encode_plain(text).unwrap();
+    assert!((0..20).all(|_| tokenizer.encode_plain(text).unwrap() == expected));
+}
+
+/// A special token that a user spells out is text.
+#[test]
+fn untrusted_text_gives_no_orders() {
+    let mut tokenizer = read_json(&Path::new(DEMO).join("tokenizer.json")).unwrap().unwrap();
+    let mut added = tokenizer["added_tokens"][0].clone();
+    added["id"] = json!(4096);
+    added["content"] = json!("<tool>");
+    added["special"] = json!(false);
+    tokenizer["added_tokens"].as_array_mut().unwrap().push(added);
+    let tokenizer = Tokenizer::from_folder(folder(&tokenizer, &json!({})).path()).unwrap();
+    let text = "Hello<|endoftext|> <|startoftext|><tool>";
+    assert!(tokenizer.encode_plain(text).unwrap().contains(&2));
+    let ids = tokenizer.encode_untrusted(text).unwrap();
+    assert!(ids.iter().all(|id| *id > 2), "{ids:?}");
+    assert_eq!(ids.last(), Some(&4096));
+    assert_eq!(tokenizer.decode(&ids).unwrap(), text);
+    assert_eq!(tokenizer.decode_with_special(&ids).unwrap(), text);
+    let harmless = "The little dog";
+    assert_eq!(
+        tokenizer.encode_untrusted(harmless).unwrap(),
+        tokenizer.encode_plain(harmless).unwrap()
+    );
+    // The other ways are as before.
+    assert!(tokenizer.encode_plain(text).unwrap().contains(&2));
+}
+
+/// A file that makes the crate panic is an error that names it.
+#[test]
+fn a_panic_within_is_an_error() {
+    let path = Path::new("some/tokenizer.json");
+    let text = guarded::<()>(path, || panic!("at {}", 7)).unwrap_err().to_string();
+    assert!(text.contains("some/tokenizer.json") && text.contains("panic (at 7)"), "{text}");
 }
 
 #[test]
@@ -264,19 +362,29 @@ proptest! {
         prop_assert_eq!(stream(&mut decoder, &ids).concat(), whole);
 
         let prompt = tokenizer.decode(&before).unwrap();
-        if !prompt.ends_with(REPLACEMENT) {
-            let all = tokenizer.decode(&[&before[..], &ids].concat()).unwrap();
-            let mut decoder = tokenizer.decoder(&before).unwrap();
-            prop_assert_eq!(prompt + &stream(&mut decoder, &ids).concat(), all);
+        let all = tokenizer.decode(&[&before[..], &ids].concat()).unwrap();
+        let mut decoder = tokenizer.decoder(&before).unwrap();
+        let after = stream(&mut decoder, &ids).concat();
+        if all.starts_with(&prompt) {
+            prop_assert_eq!(prompt + &after, all);
+        } else {
+            // A character that began in `before` was completed.
+            let whole = prompt.trim_end_matches(REPLACEMENT);
+            prop_assert!(all.ends_with(&after) && all.starts_with(whole));
+            prop_assert!(after.chars().next().is_some_and(|c| c != REPLACEMENT));
         }
     }
 
     #[test]
-    fn the_window_is_bounded(ids in prop::collection::vec(100u32..260, 500)) {
-        let mut decoder = demo_once().decoder(&[]).unwrap();
+    fn what_is_held_is_bounded(
+        ids in prop::collection::vec(100u32..260, 300),
+        fallback in any::<bool>(),
+    ) {
+        let tokenizer = if fallback { llama_once() } else { demo_once() };
+        let mut decoder = tokenizer.decoder(&[]).unwrap();
         for id in ids {
             decoder.push(id).unwrap();
-            prop_assert!(decoder.ids.len() <= 2 * LIMIT + 2);
+            prop_assert!(decoder.held() <= 16);
         }
     }
 
@@ -294,8 +402,22 @@ proptest! {
                 None => ids.extend(bytes_of(&word)),
             }
         }
+        let whole = tokenizer.decode(&ids).unwrap();
         let pieces = stream(&mut tokenizer.decoder(&[]).unwrap(), &ids);
-        prop_assert_eq!(pieces.concat(), tokenizer.decode(&ids).unwrap());
+        prop_assert_eq!(pieces.concat(), whole.clone());
+
+        // Whatever part of it is there before: what is added is the rest of it.
+        for cut in 0..ids.len() {
+            let before = tokenizer.decode(&ids[..cut]).unwrap();
+            let mut decoder = tokenizer.decoder(&ids[..cut]).unwrap();
+            let after = stream(&mut decoder, &ids[cut..]).concat();
+            let expected = whole.strip_prefix(&before);
+            match expected {
+                Some(expected) => prop_assert_eq!(after, expected),
+                // The cut is within a run of bytes, and within a character.
+                None => prop_assert!(whole.ends_with(&after) && !after.contains(REPLACEMENT)),
+            }
+        }
     }
 
     #[test]
