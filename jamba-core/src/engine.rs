@@ -26,7 +26,7 @@
 //! # Ok::<(), jamba_core::Error>(())
 //! ```
 
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -37,19 +37,26 @@ use crate::generate::{CancelToken, GenerateOptions, Writer};
 use crate::model::LanguageModel;
 use crate::tokenizer::Tokenizer;
 
+mod channel;
+#[cfg(all(test, loom))]
+mod loom;
 mod prefix;
 mod queue;
 mod sequence;
 mod stream;
+mod streams;
+mod sync;
 mod worker;
 
 pub use prefix::PrefixStats;
 pub use queue::EngineStats;
 use queue::{Job, Shared};
 pub use stream::{Completion, RequestUsage, Stream};
+pub use streams::{Arrival, Streams};
 use worker::Worker;
 
-/// Rows of logits of a step beyond one for each slot: for prompts whose tokens are scored.
+/// Rows of logits of a step beyond one for each slot, at least one more for each: for prompts whose
+/// tokens are scored.
 const SCORE_ROWS: usize = 32;
 
 /// What an [`Engine`] is made for.
@@ -93,7 +100,10 @@ pub struct Request {
     pub prompt: Vec<u32>,
     /// How to go on. Every request has its own seed.
     pub options: GenerateOptions,
-    /// Requests of a higher priority get a slot first; those of the same as they came.
+    /// Each step of priority is a head start of 64 requests: a request gets a slot before those that
+    /// were submitted fewer than 64 requests earlier for each step that it is above them. So one of
+    /// a higher priority goes first, and equals go as they came; and yet nobody waits for ever: of
+    /// the requests that come later, fewer than `64 * (their priority - this one's)` go before it.
     pub priority: i32,
     /// Positions of the prompt at which other prompts are known to go on differently (the end of a
     /// system prompt): the engine keeps the state there. It finds such places by itself too, from
@@ -119,7 +129,7 @@ pub struct Engine(Arc<Handle>);
 struct Handle {
     shared: Arc<Shared>,
     worker: Mutex<Option<JoinHandle<()>>>,
-    tokenizer: Tokenizer,
+    tokenizer: Option<Tokenizer>,
     config: Config,
     limits: Limits,
     /// Bytes of the state of a sequence without tokens, and of each token.
@@ -134,15 +144,33 @@ impl Drop for Handle {
 }
 
 impl Engine {
-    /// Starts an engine. The computing is done in the backend's own way: the CPU backends use
-    /// rayon's global pool.
+    /// Starts an engine, with a thread of its own for the steps; the backend may use others (the CPU
+    /// backend does, and none that wait for an engine).
     ///
     /// # Errors
     /// [`Error::Option`] for a zero, [`Error::Budget`] where the budget does not hold a single
-    /// token, or what the backend reports.
+    /// token, [`Error::Tokenizer`] for one of another model, or what the backend reports.
     pub fn new(
         model: &dyn LanguageModel,
         tokenizer: &Tokenizer,
+        options: EngineOptions,
+    ) -> Result<Self> {
+        tokenizer.check_vocab(model.config().vocab_size)?;
+        Self::start(model, Some(tokenizer.clone()), options)
+    }
+
+    /// An engine without a tokenizer: pieces have ids and no text, and no request can have stop
+    /// strings.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn ids_only(model: &dyn LanguageModel, options: EngineOptions) -> Result<Self> {
+        Self::start(model, None, options)
+    }
+
+    fn start(
+        model: &dyn LanguageModel,
+        tokenizer: Option<Tokenizer>,
         options: EngineOptions,
     ) -> Result<Self> {
         let EngineOptions { slots, context, step_tokens, queue, prefix_cache, memory } = options;
@@ -152,7 +180,8 @@ impl Engine {
             ("step_tokens", step_tokens),
             ("queue", queue),
         ])?;
-        let (tokens, outputs) = (step_tokens.max(slots), slots + SCORE_ROWS);
+        let (tokens, outputs) =
+            (step_tokens.max(slots), slots.saturating_add(slots.max(SCORE_ROWS)));
         let limits = Limits { slots, context, tokens, outputs };
         let runner = model.runner(limits)?;
         let empty = runner.sequence_bytes(0);
@@ -164,7 +193,7 @@ impl Engine {
             return Err(Error::Budget { needed, budget });
         }
         let shared = Arc::new(Shared::new(queue));
-        let worker = Worker::new(shared.clone(), runner, tokenizer, prefix_cache, budget);
+        let worker = Worker::new(shared.clone(), runner, tokenizer.clone(), prefix_cache, budget);
         let thread = std::thread::Builder::new().name("jamba-engine".into());
         let worker = thread.spawn(move || worker.run()).map_err(|source| Error::Device {
             backend: model.backend_name(),
@@ -173,7 +202,7 @@ impl Engine {
         Ok(Self(Arc::new(Handle {
             shared,
             worker: Mutex::new(Some(worker)),
-            tokenizer: tokenizer.clone(),
+            tokenizer,
             config: model.config().clone(),
             limits,
             bytes: [empty, per_token],
@@ -209,9 +238,9 @@ impl Engine {
             return Err(Error::Budget { needed, budget: self.0.budget });
         }
         // Only to check the options: a waiting request should not hold tables of the vocabulary.
-        Writer::new(tokenizer, config, options.clone())?;
+        Writer::new(tokenizer.as_ref(), config, options.clone())?;
 
-        let (events, receiver) = mpsc::channel();
+        let (events, receiver) = channel::channel();
         let cancel = CancelToken::new();
         let stream = Stream::new(receiver, cancel.clone());
         let submitted = Instant::now();

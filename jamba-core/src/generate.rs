@@ -147,7 +147,7 @@ pub struct Usage {
 /// An error is the last item, and text held back until then is lost.
 pub struct Generator<'a> {
     session: &'a mut Session,
-    tokenizer: &'a Tokenizer,
+    tokenizer: Option<&'a Tokenizer>,
     writer: Writer,
     prompt_logprobs: Option<usize>,
     prompt_scores: Vec<Scored>,
@@ -155,6 +155,8 @@ pub struct Generator<'a> {
     stage: Stage,
     finish_reason: Option<FinishReason>,
     prompt_ids: Vec<u32>,
+    /// Tokens of the session that the writer knows.
+    told: usize,
     usage: Usage,
 }
 
@@ -170,13 +172,31 @@ enum Stage {
 }
 
 impl<'a> Generator<'a> {
-    /// A generator that appends to `session`.
+    /// A generator that appends to `session`. The tokens that the session holds already count as
+    /// part of the prompt: for penalties, and for what a new token adds to the text.
     ///
     /// # Errors
-    /// [`Error::Option`], [`Error::Tokenizer`].
+    /// [`Error::Option`], [`Error::Tokenizer`], also for a tokenizer of another model.
     pub fn new(
         session: &'a mut Session,
         tokenizer: &'a Tokenizer,
+        options: GenerateOptions,
+    ) -> Result<Self> {
+        Self::start(session, Some(tokenizer), options)
+    }
+
+    /// A generator without a tokenizer: pieces have ids and no text, prompts are ids too, and there
+    /// are no stop strings.
+    ///
+    /// # Errors
+    /// [`Error::Option`].
+    pub fn ids_only(session: &'a mut Session, options: GenerateOptions) -> Result<Self> {
+        Self::start(session, None, options)
+    }
+
+    fn start(
+        session: &'a mut Session,
+        tokenizer: Option<&'a Tokenizer>,
         options: GenerateOptions,
     ) -> Result<Self> {
         Ok(Self {
@@ -189,6 +209,7 @@ impl<'a> Generator<'a> {
             stage: Stage::New,
             finish_reason: None,
             prompt_ids: Vec::new(),
+            told: 0,
             usage: Usage::default(),
         })
     }
@@ -231,11 +252,12 @@ impl<'a> Generator<'a> {
     /// [`Tokenizer::encode_plain`] where it goes on from earlier tokens.
     ///
     /// # Errors
-    /// As `prompt`, and [`Error::Tokenizer`].
+    /// As `prompt`, [`Error::Tokenizer`], and [`Error::NoTokenizer`].
     pub fn prompt_text(&mut self, text: &str) -> Result<()> {
+        let tokenizer = self.tokenizer.ok_or(Error::NoTokenizer)?;
         let ids = match self.session.position() {
-            0 => self.tokenizer.encode(text)?,
-            _ => self.tokenizer.encode_plain(text)?,
+            0 => tokenizer.encode(text)?,
+            _ => tokenizer.encode_plain(text)?,
         };
         self.prompt(&ids)
     }
@@ -255,7 +277,7 @@ impl<'a> Generator<'a> {
             return Err(Error::EmptyPrompt);
         }
         self.prompt_ids.extend_from_slice(self.session.tokens());
-        self.begin(self.prompt_ids.len())
+        self.begin()
     }
 
     fn append(&mut self, ids: &[u32]) -> Result<()> {
@@ -273,12 +295,14 @@ impl<'a> Generator<'a> {
             self.end(FinishReason::Cancelled, None);
             return Ok(());
         }
-        self.begin(done)
+        self.begin()
     }
 
-    /// The last `new` ids of the prompt are in the session, and its logits too.
-    fn begin(&mut self, new: usize) -> Result<()> {
-        self.writer.prompt(&self.prompt_ids, new)?;
+    /// The prompt is in the session, and its logits too.
+    fn begin(&mut self) -> Result<()> {
+        let tokens = self.session.tokens();
+        self.writer.prompt(tokens, tokens.len() - self.told)?;
+        self.told = tokens.len();
         self.stage = Stage::Prompted;
         if self.writer.is_done() {
             self.end(FinishReason::Length, None);

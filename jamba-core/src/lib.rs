@@ -89,6 +89,8 @@ pub mod session;
 pub mod shape;
 pub mod state;
 pub mod tensor;
+#[cfg(test)]
+mod testing;
 pub mod tokenizer;
 pub mod trace;
 mod transfer;
@@ -100,7 +102,8 @@ pub use beam::{BeamOptions, Hypothesis, beam_search};
 pub use checkpoint::{Checkpoint, ParamSource};
 pub use config::Config;
 pub use engine::{
-    Completion, Engine, EngineOptions, EngineStats, PrefixStats, Request, RequestUsage, Stream,
+    Arrival, Completion, Engine, EngineOptions, EngineStats, PrefixStats, Request, RequestUsage,
+    Stream, Streams,
 };
 pub use error::{Error, Result};
 pub use fingerprint::Fingerprint;

@@ -13,6 +13,7 @@ use crate::error::{Error, Result, at_least_one};
 use crate::fingerprint::{Fingerprint, Hasher};
 use crate::quant::WeightFormat;
 use crate::sampler::{self, Sampled};
+use crate::schedule::{MixerKind, Schedule};
 use crate::session::{Session, SessionOptions};
 use crate::trace::{Detail, Listener, Traced};
 use crate::transfer;
@@ -151,13 +152,19 @@ pub trait Runner: Send {
     /// What was allocated.
     fn limits(&self) -> Limits;
 
-    /// Runs a batch: each run continues the sequence in its slot.
+    /// Runs a batch: each run continues the sequence in its slot, at the position where that ends.
+    /// Without Mamba layers a run may begin at any earlier position too: the rest is cut off.
     ///
-    /// A batch that is refused ([`Batch::check`]) changes nothing. After another error the slots
-    /// of the batch hold no sequence until they are [`reset`](Self::reset).
+    /// A slot ends where its last step did, or where a [copy](Self::copy_slot) or the convolution
+    /// or SSM states that were [written](Self::write_state) say.
+    ///
+    /// A batch that is refused ([`Batch::check`], or one with a run at another position) changes
+    /// nothing. After another error the slots of the batch hold no sequence until they are
+    /// [`reset`](Self::reset) or written.
     ///
     /// # Errors
-    /// Those of [`Batch::check`], or what the backend reports.
+    /// Those of [`Batch::check`], [`Error::Batch`] for a run at another position, or what the
+    /// backend reports.
     fn step(&mut self, batch: &Batch) -> Result<()>;
 
     /// [`step`](Self::step), with every activation told to `listener`.
@@ -196,7 +203,7 @@ pub trait Runner: Send {
     /// [`Backend::read_state`].
     ///
     /// # Errors
-    /// What the backend reports.
+    /// [`Error::NoState`], or what the backend reports.
     fn read_state(
         &self,
         layer: usize,
@@ -208,7 +215,7 @@ pub trait Runner: Send {
     /// [`Backend::write_state`].
     ///
     /// # Errors
-    /// What the backend reports.
+    /// [`Error::NoState`], or what the backend reports.
     fn write_state(
         &mut self,
         layer: usize,
@@ -221,7 +228,7 @@ pub trait Runner: Send {
     /// [`Backend::read_positions`].
     ///
     /// # Errors
-    /// What the backend reports.
+    /// [`Error::NoState`], or what the backend reports.
     fn read_positions(
         &self,
         layer: usize,
@@ -233,7 +240,8 @@ pub trait Runner: Send {
     /// [`Backend::write_positions`].
     ///
     /// # Errors
-    /// What the backend reports.
+    /// [`Error::NoState`], [`Error::Batch`] for positions that do not follow what the slot holds, or
+    /// what the backend reports.
     fn write_positions(
         &mut self,
         layer: usize,
@@ -246,7 +254,8 @@ pub trait Runner: Send {
     /// [`Backend::copy_slot`].
     ///
     /// # Errors
-    /// [`Error::Batch`] or [`Error::Context`] for what does not fit, or what the backend reports.
+    /// [`Error::Batch`] or [`Error::Context`] for what does not fit and for more or other positions
+    /// than `from` holds, or what the backend reports.
     fn copy_slot(&mut self, from: usize, to: usize, positions: usize) -> Result<()>;
 
     /// Moves sequences of `positions` tokens between slots, all at once: afterwards slot `i` holds
@@ -297,6 +306,24 @@ pub struct ModelRunner<B: Backend> {
     limits: Limits,
     scratch: Scratch<B::Tensor>,
     state: B::State,
+    held: Vec<Held>,
+    /// Whether the model has Mamba layers, and attention layers.
+    has: [bool; 2],
+}
+
+/// What is known of a slot.
+#[derive(Clone, Copy)]
+struct Held {
+    /// Positions that have keys and values, from the first on.
+    positions: usize,
+    /// Tokens that the convolution and SSM states are after; `None` after a step that failed.
+    state: Option<usize>,
+}
+
+impl Held {
+    const fn tokens(positions: usize) -> Self {
+        Self { positions, state: Some(positions) }
+    }
 }
 
 impl<B: Backend> ModelRunner<B> {
@@ -314,7 +341,55 @@ impl<B: Backend> ModelRunner<B> {
         model.backend().check_memory(model.config(), Need::Runner(&limits))?;
         let scratch = Scratch::new(model.backend(), model.config(), &limits)?;
         let state = model.backend().new_state(model.config(), &limits)?;
-        Ok(Self { model, limits, scratch, state })
+        let schedule = Schedule::new(model.config());
+        let has = [schedule.mamba_layers() > 0, schedule.attention_layers() > 0];
+        let held = vec![Held::tokens(0); limits.slots];
+        Ok(Self { model, limits, scratch, state, held, has })
+    }
+
+    /// Whether a layer has this part of the state.
+    fn check_part(&self, layer: usize, part: StatePart) -> Result<()> {
+        let schedule = Schedule::new(self.model.config());
+        let reason = match (schedule.iter().nth(layer).map(|kind| kind.mixer), part) {
+            (Some(MixerKind::Mamba), StatePart::Conv | StatePart::Ssm)
+            | (Some(MixerKind::Attention), StatePart::Keys | StatePart::Values) => return Ok(()),
+            (Some(MixerKind::Mamba), _) => "it is a Mamba layer, which has Conv and Ssm".into(),
+            (Some(MixerKind::Attention), _) => {
+                "it is an attention layer, which has Keys and Values".into()
+            }
+            (None, _) => format!("the model has {} layers", schedule.iter().count()),
+        };
+        Err(Error::NoState { layer, part, reason })
+    }
+
+    /// Whether a slot holds a sequence that goes on after so many tokens.
+    fn check_position(&self, slot: usize, position: usize) -> Result<()> {
+        let held = &self.held[slot];
+        let [has_mamba, has_attention] = self.has;
+        let fits = (!has_mamba || held.state == Some(position))
+            && (!has_attention || position <= held.positions);
+        if fits {
+            return Ok(());
+        }
+        let allowed = match if has_mamba { held.state } else { Some(held.positions) } {
+            Some(tokens) => format!("but slot {slot} holds {tokens} tokens"),
+            None => format!("but a step of slot {slot} failed: reset it, or write a state"),
+        };
+        Err(Error::Batch { what: "position", got: position, allowed })
+    }
+
+    /// Runs a batch that `run` computes, and keeps account of what the slots hold.
+    fn account(&mut self, batch: &Batch, run: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        batch.check(self.model.config(), &self.limits)?;
+        batch.runs().iter().try_for_each(|run| self.check_position(run.slot, run.position))?;
+        for run in batch.runs() {
+            self.held[run.slot] = Held { positions: run.position, state: None };
+        }
+        run(self)?;
+        for run in batch.runs() {
+            self.held[run.slot] = Held::tokens(run.position + run.len);
+        }
+        Ok(())
     }
 }
 
@@ -328,10 +403,11 @@ impl<B: Backend + Send + Sync + 'static> Runner for ModelRunner<B> {
     }
 
     fn step(&mut self, batch: &Batch) -> Result<()> {
-        let Inner { backend, config, weights, .. } = &*self.model.inner;
-        batch.check(config, &self.limits)?;
-        backend.stage(&mut self.state, batch)?;
-        backend.forward(config, weights, &mut self.scratch, &mut self.state)
+        self.account(batch, |this| {
+            let Inner { backend, config, weights, .. } = &*this.model.inner;
+            backend.stage(&mut this.state, batch)?;
+            backend.forward(config, weights, &mut this.scratch, &mut this.state)
+        })
     }
 
     fn step_traced(
@@ -340,12 +416,13 @@ impl<B: Backend + Send + Sync + 'static> Runner for ModelRunner<B> {
         detail: Detail,
         listener: &mut Listener<'_>,
     ) -> Result<()> {
-        let Inner { backend, config, weights, .. } = &*self.model.inner;
-        batch.check(config, &self.limits)?;
-        backend.stage(&mut self.state, batch)?;
-        let mut forward = |at, shape: [usize; 2], values: &[f32]| listener(at, shape, values);
-        let traced = Traced::new(backend, detail, &mut forward);
-        compose::forward(&traced, config, weights, &mut self.scratch, &mut self.state)
+        self.account(batch, |this| {
+            let Inner { backend, config, weights, .. } = &*this.model.inner;
+            backend.stage(&mut this.state, batch)?;
+            let mut forward = |at, shape: [usize; 2], values: &[f32]| listener(at, shape, values);
+            let traced = Traced::new(backend, detail, &mut forward);
+            compose::forward(&traced, config, weights, &mut this.scratch, &mut this.state)
+        })
     }
 
     fn logits(&self) -> Result<Vec<f32>> {
@@ -358,7 +435,9 @@ impl<B: Backend + Send + Sync + 'static> Runner for ModelRunner<B> {
     }
 
     fn reset(&mut self, slot: usize) -> Result<()> {
-        self.model.backend().reset_slot(&mut self.state, slot)
+        self.model.backend().reset_slot(&mut self.state, slot)?;
+        self.held[slot] = Held::tokens(0);
+        Ok(())
     }
 
     fn read_state(
@@ -368,6 +447,7 @@ impl<B: Backend + Send + Sync + 'static> Runner for ModelRunner<B> {
         slot: usize,
         positions: usize,
     ) -> Result<Vec<f32>> {
+        self.check_part(layer, part)?;
         self.model.backend().read_state(&self.state, layer, part, slot, positions)
     }
 
@@ -379,8 +459,15 @@ impl<B: Backend + Send + Sync + 'static> Runner for ModelRunner<B> {
         positions: usize,
         values: &[f32],
     ) -> Result<()> {
+        self.check_part(layer, part)?;
         let backend = self.model.backend();
-        backend.write_state(&mut self.state, layer, part, slot, positions, values)
+        backend.write_state(&mut self.state, layer, part, slot, positions, values)?;
+        let held = &mut self.held[slot];
+        match part {
+            StatePart::Conv | StatePart::Ssm => held.state = Some(positions),
+            StatePart::Keys | StatePart::Values => held.positions = held.positions.max(positions),
+        }
+        Ok(())
     }
 
     fn read_positions(
@@ -390,6 +477,7 @@ impl<B: Backend + Send + Sync + 'static> Runner for ModelRunner<B> {
         slot: usize,
         positions: Range<usize>,
     ) -> Result<Vec<f32>> {
+        self.check_part(layer, part)?;
         let Inner { backend, config, .. } = &*self.model.inner;
         backend.read_positions(config, &self.state, layer, part, slot, positions)
     }
@@ -402,8 +490,18 @@ impl<B: Backend + Send + Sync + 'static> Runner for ModelRunner<B> {
         positions: Range<usize>,
         values: &[f32],
     ) -> Result<()> {
+        self.check_part(layer, part)?;
+        check_slots(&[slot], &self.limits)?;
+        let held = self.held[slot].positions;
+        if positions.start > held {
+            let allowed = format!("but slot {slot} has keys and values of {held}");
+            return Err(Error::Batch { what: "first position", got: positions.start, allowed });
+        }
         let Inner { backend, config, .. } = &*self.model.inner;
-        backend.write_positions(config, &mut self.state, layer, part, slot, positions, values)
+        let end = positions.end;
+        backend.write_positions(config, &mut self.state, layer, part, slot, positions, values)?;
+        self.held[slot].positions = held.max(end);
+        Ok(())
     }
 
     fn copy_slot(&mut self, from: usize, to: usize, positions: usize) -> Result<()> {
@@ -411,8 +509,12 @@ impl<B: Backend + Send + Sync + 'static> Runner for ModelRunner<B> {
         if positions > self.limits.context {
             return Err(Error::Context { needed: positions, allocated: self.limits.context });
         }
+        self.check_position(from, positions)?;
         let Inner { backend, config, .. } = &*self.model.inner;
-        backend.copy_slot(config, &mut self.state, from, to, positions)
+        self.held[to] = Held { positions: 0, state: None };
+        backend.copy_slot(config, &mut self.state, from, to, positions)?;
+        self.held[to] = Held::tokens(positions);
+        Ok(())
     }
 
     fn fingerprint(&self) -> Fingerprint {

@@ -60,6 +60,11 @@ impl SessionOptions {
 /// value: it can be taken and put back ([`snapshot`](Self::snapshot), [`restore`](Self::restore)),
 /// shared by several sessions ([`fork`](Self::fork)), kept in a file ([`save`](Self::save)), and
 /// taken back by any number of tokens ([`rewind`](Self::rewind)).
+///
+/// A session may be sent to another thread, and is used by one at a time. Where a backend computes
+/// on a pool of threads (the CPU backend on rayon's), a task of that very pool that waits for a step
+/// runs other tasks meanwhile: it must not hold a lock that they take. So do not share a
+/// `Mutex<Session>` among rayon tasks; [fork](Self::fork) it, or use an [`Engine`](crate::Engine).
 pub struct Session {
     runner: Box<dyn Runner>,
     batch: Batch,
@@ -289,7 +294,7 @@ impl Session {
     /// A part of the state of a layer, in the layout that [`StatePart`] states.
     ///
     /// # Errors
-    /// What the backend reports, for a layer without that part for example.
+    /// [`Error::NoState`] for a layer without that part, or what the backend reports.
     pub fn read_state(&self, layer: usize, part: StatePart) -> Result<Vec<f32>> {
         self.runner.read_state(layer, part, 0, self.position())
     }

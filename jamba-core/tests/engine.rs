@@ -2,12 +2,14 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
+use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use jamba_core::{
-    Completion, Engine, EngineOptions, Error, FinishReason, GenerateOptions, LanguageModel, Model,
-    Request, Sampling, Scored, SessionOptions, Tokenizer, generate_ids,
+    Arrival, Completion, Engine, EngineOptions, Error, FinishReason, GenerateOptions, Generator,
+    LanguageModel, Model, Request, Sampling, Scored, SessionOptions, Streams, Tokenizer,
+    generate_ids,
 };
 use jamba_cpu::{CpuBackend, ReferenceBackend};
 
@@ -20,9 +22,30 @@ fn golden(name: &str) -> Model<CpuBackend> {
     Model::load(folder, CpuBackend::new()).unwrap()
 }
 
-/// The small models have no tokenizer: the demo model's has their ids.
+/// The small models have no tokenizer: the first of the demo model's tokens are theirs.
 fn tokenizer() -> Tokenizer {
-    Tokenizer::from_folder(demo()).unwrap()
+    static SMALL: OnceLock<Tokenizer> = OnceLock::new();
+    SMALL.get_or_init(|| small_tokenizer(101)).clone()
+}
+
+fn small_tokenizer(vocab_size: u64) -> Tokenizer {
+    let bytes = std::fs::read(demo().join("tokenizer.json")).unwrap();
+    let mut json: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+    let vocab = json["model"]["vocab"].as_object_mut().unwrap();
+    vocab.retain(|_, id| id.as_u64().unwrap() < vocab_size);
+    let vocab = vocab.clone();
+    let merges = json["model"]["merges"].as_array_mut().unwrap();
+    merges.retain(|pair| {
+        let text = |part: &serde_json::Value| part.as_str().unwrap().to_owned();
+        let [a, b] = match pair {
+            serde_json::Value::Array(pair) => [text(&pair[0]), text(&pair[1])],
+            pair => text(pair).split_once(' ').map(|(a, b)| [a.into(), b.into()]).unwrap(),
+        };
+        [&a, &b, &(a.clone() + &b)].iter().all(|part| vocab.contains_key(*part))
+    });
+    let folder = tempfile::TempDir::new().unwrap();
+    std::fs::write(folder.path().join("tokenizer.json"), json.to_string()).unwrap();
+    Tokenizer::from_folder(folder.path()).unwrap()
 }
 
 const SMALL: EngineOptions = EngineOptions {
@@ -56,9 +79,18 @@ fn options(seed: u64, max_tokens: usize) -> GenerateOptions {
 
 /// What the request gives alone.
 fn alone(model: &dyn LanguageModel, context: usize, request: &Request) -> jamba_core::Generation {
+    alone_with(model, &tokenizer(), context, request)
+}
+
+fn alone_with(
+    model: &dyn LanguageModel,
+    tokenizer: &Tokenizer,
+    context: usize,
+    request: &Request,
+) -> jamba_core::Generation {
     let options = SessionOptions { context, chunk: context, outputs: context };
     let mut session = model.session(options).unwrap();
-    generate_ids(&mut session, &tokenizer(), &request.prompt, request.options.clone()).unwrap()
+    generate_ids(&mut session, tokenizer, &request.prompt, request.options.clone()).unwrap()
 }
 
 fn bits(logprobs: &[f32]) -> Vec<u32> {
@@ -258,13 +290,13 @@ fn the_second_of_two_prompts_that_share_2000_tokens() {
 #[test]
 fn logprobs_and_scores_are_those_of_a_session() {
     let model = Model::load(demo(), CpuBackend::new()).unwrap();
-    let tokenizer = tokenizer();
+    let tokenizer = Tokenizer::from_folder(demo()).unwrap();
     let engine = Engine::new(&model, &tokenizer, EngineOptions { context: 128, ..SMALL }).unwrap();
     let prompt = tokenizer.encode("The old woman looked at the fire and said that").unwrap();
     let options = GenerateOptions { logprobs: 3, prompt_logprobs: Some(2), ..options(4, 8) };
     let request = Request::new(prompt.clone(), options);
     let streams: Vec<_> = (0..3).map(|_| engine.submit(request.clone()).unwrap()).collect();
-    let expected = alone(&model, 128, &request);
+    let expected = alone_with(&model, &tokenizer, 128, &request);
     for stream in streams {
         same(&stream.collect_all().unwrap(), &expected);
     }
@@ -406,4 +438,200 @@ fn a_request_with_no_finite_logits_fails_alone() {
     }
     engine.shutdown();
     assert_eq!(engine.stats().failed, 8);
+}
+
+/// A model that can be made to wait before a step.
+fn endless(seed: u64) -> GenerateOptions {
+    GenerateOptions { ignore_eos: true, ..options(seed, 99_000) }
+}
+
+#[test]
+fn a_stream_can_be_asked_without_waiting() {
+    let model = golden("pure-mamba");
+    let options_of = EngineOptions { slots: 1, context: 100_000, ..SMALL };
+    let engine = Engine::new(&model, &tokenizer(), options_of).unwrap();
+    let mut first = engine.submit(Request::new(vec![4], endless(1))).unwrap();
+    assert!(matches!(first.next(), Some(Ok(_))));
+    // The only slot is taken: nothing comes of the second, however it is asked.
+    let mut second = engine.submit(Request::new(vec![4, 5], options(2, 5))).unwrap();
+    assert!(second.try_next().is_pending());
+    let start = Instant::now();
+    assert!(second.next_timeout(Duration::from_millis(30)).is_pending());
+    assert!(start.elapsed() >= Duration::from_millis(30));
+    assert!(second.next_timeout(Duration::ZERO).is_pending());
+    first.cancel();
+    let mut ids = Vec::new();
+    loop {
+        match second.next_timeout(Duration::MAX) {
+            Poll::Pending => panic!("it was to wait"),
+            Poll::Ready(Some(piece)) => ids.push(piece.unwrap().id.unwrap()),
+            Poll::Ready(None) => break,
+        }
+    }
+    let request = Request::new(vec![4, 5], options(2, 5));
+    assert_eq!(ids, alone(&model, 64, &request).ids);
+    assert!(matches!(second.try_next(), Poll::Ready(None)));
+    assert!(second.next().is_none() && second.usage().is_some());
+    // Of an engine that is gone, too, the end comes.
+    let left = first.by_ref().last();
+    assert!(left.is_none_or(|piece| piece.is_ok()));
+    assert_eq!(first.finish_reason(), Some(FinishReason::Cancelled));
+}
+
+/// An executor of one task: it parks its thread until it is woken.
+struct Unpark(std::thread::Thread);
+
+impl Wake for Unpark {
+    fn wake(self: std::sync::Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+#[test]
+fn a_task_is_woken_for_every_piece() {
+    let model = golden("pure-mamba");
+    let engine = Engine::new(&model, &tokenizer(), SMALL).unwrap();
+    let waker = Waker::from(std::sync::Arc::new(Unpark(std::thread::current())));
+    let request = Request::new(vec![4, 5], options(2, 20));
+    let mut stream = engine.submit(request.clone()).unwrap();
+    let mut ids = Vec::new();
+    loop {
+        match stream.poll_next(&mut Context::from_waker(&waker)) {
+            Poll::Pending => std::thread::park(),
+            Poll::Ready(Some(piece)) => ids.extend(piece.unwrap().id),
+            Poll::Ready(None) => break,
+        }
+    }
+    assert_eq!(ids, alone(&model, 64, &request).ids);
+}
+
+/// Submits another request as soon as it is woken, on the thread that wakes.
+struct Submit {
+    engine: Engine,
+    streams: Mutex<Vec<jamba_core::Stream>>,
+}
+
+impl Wake for Submit {
+    fn wake(self: std::sync::Arc<Self>) {
+        let stream = self.engine.submit(Request::new(vec![4], options(1, 2))).unwrap();
+        self.streams.lock().unwrap().push(stream);
+    }
+}
+
+/// Whoever is woken may use the engine: nothing is locked, also when a waiting request is cancelled.
+#[test]
+fn a_waker_may_submit() {
+    let model = golden("pure-mamba");
+    let options_of = EngineOptions { slots: 1, context: 100_000, ..SMALL };
+    let engine = Engine::new(&model, &tokenizer(), options_of).unwrap();
+    let mut running = engine.submit(Request::new(vec![4], endless(1))).unwrap();
+    assert!(matches!(running.next(), Some(Ok(_))));
+    let submit = std::sync::Arc::new(Submit { engine: engine.clone(), streams: Mutex::default() });
+    let waker = Waker::from(submit.clone());
+    let mut waiting = engine.submit(Request::new(vec![4], options(1, 2))).unwrap();
+    assert!(waiting.poll_next(&mut Context::from_waker(&waker)).is_pending());
+    waiting.cancel();
+    assert!(waiting.next().is_none());
+    assert_eq!(waiting.finish_reason(), Some(FinishReason::Cancelled));
+    drop(running);
+    let start = Instant::now();
+    while submit.streams.lock().unwrap().is_empty() {
+        assert!(start.elapsed() < Duration::from_secs(20), "nothing was submitted");
+        std::thread::yield_now();
+    }
+    let stream = submit.streams.lock().unwrap().pop().unwrap();
+    assert!(stream.collect_all().unwrap().finish_reason.is_some());
+}
+
+#[test]
+fn several_streams_are_waited_for_together() {
+    let model = golden("paper-block");
+    let engine = Engine::new(&model, &tokenizer(), SMALL).unwrap();
+    let requests: Vec<Request> = (0..40)
+        .map(|i| Request::new(vec![5, 6, 7 + i as u32], options(i, i as usize % 20)))
+        .collect();
+    let mut streams = Streams::new();
+    assert!(streams.next().is_none() && matches!(streams.try_next(), Poll::Ready(None)));
+    for (i, request) in requests.iter().enumerate() {
+        assert_eq!(streams.push(engine.submit(request.clone()).unwrap()), i);
+    }
+    // One is read alone, one is cancelled by its number, one is dropped.
+    let own = streams.remove(7).unwrap().collect_all().unwrap();
+    same(&own, &alone(&model, 64, &requests[7]));
+    streams.get(8).unwrap().cancel();
+    drop(streams.remove(9));
+    let mut ids = vec![Vec::new(); requests.len()];
+    let mut ended = vec![0; requests.len()];
+    for (number, arrival) in &mut streams {
+        match arrival {
+            Arrival::Piece(piece) => ids[number].extend(piece.id),
+            Arrival::End(stream) => {
+                let stream = stream.unwrap();
+                ended[number] += 1;
+                assert!(stream.finish_reason().is_some() && stream.usage().is_some());
+            }
+        }
+    }
+    assert!(streams.is_empty() && streams.get(0).is_none() && streams.remove(1).is_none());
+    for (i, request) in requests.iter().enumerate() {
+        let expected = alone(&model, 64, request).ids;
+        match i {
+            7 | 9 => assert_eq!(ended[i], 0),
+            8 => assert!(ended[i] == 1 && expected.starts_with(&ids[i])),
+            _ => assert!(ended[i] == 1 && ids[i] == expected, "{i}"),
+        }
+    }
+    // Nothing comes of what waits.
+    let options_of = EngineOptions { slots: 1, context: 100_000, ..SMALL };
+    let engine = Engine::new(&model, &tokenizer(), options_of).unwrap();
+    let mut running = engine.submit(Request::new(vec![4], endless(1))).unwrap();
+    assert!(matches!(running.next(), Some(Ok(_))));
+    streams.push(engine.submit(Request::new(vec![4], options(1, 3))).unwrap());
+    assert!(streams.try_next().is_pending());
+    assert!(streams.next_timeout(Duration::from_millis(20)).is_pending());
+    drop(running);
+    assert!(matches!(streams.next(), Some((40, _))));
+}
+
+/// Prompts that are scored share the rows of logits: none waits until others have been read.
+#[test]
+fn a_scored_prompt_is_not_overtaken_for_ever() {
+    let model = golden("pure-mamba");
+    let options_of = EngineOptions { slots: 2, context: 200, step_tokens: 256, ..SMALL };
+    let engine = Engine::new(&model, &tokenizer(), options_of).unwrap();
+    let score = GenerateOptions { prompt_logprobs: Some(0), ..options(0, 0) };
+    let mut streams = Streams::new();
+    for i in 0..40 {
+        streams.push(engine.submit(Request::new(vec![5 + i; 160], score.clone())).unwrap());
+    }
+    let order: Vec<usize> = streams
+        .filter_map(|(number, arrival)| match arrival {
+            Arrival::End(stream) => stream.map(|_| number).ok(),
+            Arrival::Piece(_) => None,
+        })
+        .collect();
+    let first = order.iter().position(|number| *number == 0).unwrap();
+    assert!(order.len() == 40 && first < 4, "{order:?}");
+}
+
+#[test]
+fn ids_are_enough() {
+    let model = golden("paper-block");
+    let engine = Engine::ids_only(&model, SMALL).unwrap();
+    let request = Request::new(vec![5, 6, 7], options(3, 12));
+    let got = engine.submit(request.clone()).unwrap().collect_all().unwrap();
+    let expected = alone(&model, 64, &request);
+    assert_eq!((got.ids, bits(&got.logprobs)), (expected.ids.clone(), bits(&expected.logprobs)));
+    assert!(got.text.is_empty());
+    let stop = GenerateOptions { stop: vec!["x".into()], ..options(3, 12) };
+    let refused = engine.submit(Request::new(vec![5], stop)).err().unwrap();
+    assert!(matches!(refused, Error::Option { option: "stop", .. }), "{refused}");
+    let mut session = model.session(SessionOptions::default()).unwrap();
+    let mut generator = Generator::ids_only(&mut session, options(3, 12)).unwrap();
+    generator.prompt(&[5, 6, 7]).unwrap();
+    assert_eq!(generator.filter_map(|p| p.unwrap().id).collect::<Vec<_>>(), expected.ids);
+
+    let other = Tokenizer::from_folder(demo()).unwrap();
+    let error = Engine::new(&model, &other, SMALL).err().unwrap().to_string();
+    assert!(error.contains("tokenizer.json") && error.contains("another model"), "{error}");
 }

@@ -363,6 +363,84 @@ fn slots_are_gathered_all_at_once() {
     }
 }
 
+/// A runner does not take the caller's word for where a sequence is.
+#[test]
+fn a_step_at_another_position_is_refused() {
+    use jamba_core::{Batch, Limits, Outputs, Runner};
+    let limits = Limits { slots: 3, context: 16, tokens: 16, outputs: 3 };
+    let single =
+        |slot, position, tokens: &[u32]| Batch::single(slot, position, tokens, Outputs::Last);
+    let refused = |runner: &mut dyn Runner, batch: &Batch, part: &str| {
+        let error = runner.step(batch).unwrap_err();
+        assert!(matches!(error, Error::Batch { what: "position", .. }), "{error}");
+        assert!(error.to_string().contains(part), "`{part}` is not in: {error}");
+    };
+    for name in ["paper-block", "pure-mamba"] {
+        let model = cpu(name);
+        let mut runner = model.runner(limits).unwrap();
+        let runner = &mut *runner;
+        refused(runner, &single(0, 1, &[5]), "slot 0 holds 0 tokens");
+        runner.step(&single(0, 0, &[5, 6, 7])).unwrap();
+        let logits = runner.logits().unwrap();
+        for position in [0, 2, 4] {
+            refused(runner, &single(0, position, &[8]), "slot 0 holds 3 tokens");
+        }
+        // One run that is wrong refuses the batch, and changes nothing.
+        let mut batch = single(0, 3, &[8]);
+        batch.push(1, 2, &[8], Outputs::Last);
+        refused(runner, &batch, "slot 1 holds 0 tokens");
+        assert_eq!(runner.logits().unwrap(), logits);
+        // Copies and written states say where they are.
+        assert!(runner.copy_slot(0, 1, 2).is_err() && runner.copy_slot(2, 1, 3).is_err());
+        runner.copy_slot(0, 1, 3).unwrap();
+        runner.step(&single(1, 3, &[8])).unwrap();
+        let expected = runner.logits().unwrap();
+        let ssm = runner.read_state(0, StatePart::Ssm, 0, 3).unwrap();
+        let conv = runner.read_state(0, StatePart::Conv, 0, 3).unwrap();
+        runner.write_state(0, StatePart::Ssm, 0, 2, &ssm).unwrap();
+        refused(runner, &single(0, 3, &[8]), "slot 0 holds 2 tokens");
+        runner.write_state(0, StatePart::Ssm, 0, 3, &ssm).unwrap();
+        runner.write_state(0, StatePart::Conv, 0, 3, &conv).unwrap();
+        runner.step(&single(0, 3, &[8])).unwrap();
+        assert_eq!(runner.logits().unwrap(), expected);
+        runner.reset(0).unwrap();
+        refused(runner, &single(0, 4, &[8]), "slot 0 holds 0 tokens");
+        runner.step(&single(0, 0, &[5])).unwrap();
+    }
+    // Keys and values are there for every earlier position: a run may overwrite the later ones.
+    let model = cpu("pure-attention");
+    let mut runner = model.runner(limits).unwrap();
+    let runner = &mut *runner;
+    runner.step(&single(0, 0, &[5, 6, 7])).unwrap();
+    runner.step(&single(0, 2, &[7])).unwrap();
+    let expected = runner.logits().unwrap();
+    runner.step(&single(1, 0, &[5, 6, 7])).unwrap();
+    assert_eq!(runner.logits().unwrap(), expected);
+    refused(runner, &single(0, 4, &[8]), "slot 0 holds 3 tokens");
+    let keys = runner.read_positions(0, StatePart::Keys, 0, 0..1).unwrap();
+    let beyond = runner.write_positions(0, StatePart::Keys, 0, 5..6, &keys).unwrap_err();
+    assert!(beyond.to_string().contains("slot 0 has keys and values of 3"), "{beyond}");
+    assert!(runner.write_positions(0, StatePart::Keys, 9, 0..1, &keys).is_err());
+}
+
+/// A part that a layer does not have, or that is not there, is named; nothing panics.
+#[test]
+fn a_part_of_the_state_that_is_not_there() {
+    let reference = Model::load(golden("paper-block"), ReferenceBackend).unwrap();
+    for model in [&*cpu("paper-block"), &reference as &dyn LanguageModel] {
+        let mut s = session(model, 16);
+        s.append(&[5, 6, 7]).unwrap();
+        for (layer, part, text) in [
+            (0, StatePart::Keys, "no Keys state in layer 0: it is a Mamba layer"),
+            (4, StatePart::Ssm, "no Ssm state in layer 4: it is an attention layer"),
+            (8, StatePart::Conv, "no Conv state in layer 8: the model has 8 layers"),
+        ] {
+            let message = s.read_state(layer, part).unwrap_err().to_string();
+            assert!(message.contains(text), "`{text}` is not in: {message}");
+        }
+    }
+}
+
 #[test]
 fn generators_go_on_from_forks_and_rewinds() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/jamba-tales-11m");

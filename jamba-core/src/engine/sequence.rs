@@ -1,8 +1,8 @@
 //! One request while it has a slot.
 
-use std::sync::mpsc::Sender;
 use std::time::Instant;
 
+use super::channel::Sender;
 use super::queue::Job;
 use super::stream::{Event, RequestUsage};
 use crate::error::{Error, Result};
@@ -144,7 +144,7 @@ impl Sequence {
         self.usage.prompt_time = self.since.elapsed();
         self.since = Instant::now();
         if let Some(scores) = self.scores.take() {
-            let _ = self.events.send(Event::PromptScores(scores.done));
+            self.events.send(Event::PromptScores(scores.done));
         }
         if self.writer.is_done() {
             self.finish(FinishReason::Length);
@@ -171,7 +171,7 @@ impl Sequence {
         if self.usage.generated_tokens == 1 {
             self.usage.first_token_time = self.submitted.elapsed();
         }
-        if self.events.send(Event::Piece(piece)).is_err() {
+        if !self.events.send(Event::Piece(piece)) {
             return Ok(Next::Unheard);
         }
         let Some(reason) = reason else { return Ok(Next::GoOn) };
@@ -182,7 +182,7 @@ impl Sequence {
     /// Tells the end after a cancellation, with the text that was held back.
     pub(super) fn finish_cancelled(&mut self) {
         if let Ok(Some(piece)) = self.writer.rest() {
-            let _ = self.events.send(Event::Piece(piece));
+            self.events.send(Event::Piece(piece));
         }
         self.finish(FinishReason::Cancelled);
     }
@@ -194,10 +194,10 @@ impl Sequence {
             self.usage.prompt_time = self.since.elapsed();
         }
         // Whoever does not listen any more does not need to know.
-        let _ = self.events.send(Event::Finished(reason, self.usage));
+        self.events.send(Event::Finished(reason, self.usage));
     }
 
     pub(super) fn fail(&self, error: Error) {
-        let _ = self.events.send(Event::Failed(error));
+        self.events.send(Event::Failed(error));
     }
 }

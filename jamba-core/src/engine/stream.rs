@@ -1,9 +1,10 @@
 //! What comes back of a request.
 
 use std::iter::FusedIterator;
-use std::sync::mpsc::Receiver;
-use std::time::Duration;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
+use super::channel::Receiver;
 use crate::error::{Error, Result};
 use crate::generate::{CancelToken, FinishReason, Piece};
 use crate::logprobs::{Scored, TokenLogProb};
@@ -46,6 +47,10 @@ impl Event {
 
 /// The pieces of one request, as they come: an iterator that waits for the next. An error is the
 /// last item. Dropping it cancels the request.
+///
+/// [`try_next`](Self::try_next) and [`next_timeout`](Self::next_timeout) wait not at all, or not for
+/// ever; [`Streams`](super::Streams) waits for several; [`poll_next`](Self::poll_next) is for
+/// executors. All of them take from the same pieces, and may be mixed.
 pub struct Stream {
     events: Receiver<Event>,
     cancel: CancelToken,
@@ -93,6 +98,52 @@ impl Stream {
         &self.prompt_logprobs
     }
 
+    /// The next piece, if it has come: `Pending` if not, `Ready(None)` after the end.
+    pub fn try_next(&mut self) -> Poll<Option<Result<Piece>>> {
+        self.take(Receiver::try_receive)
+    }
+
+    /// As the iterator, but waits no longer than `timeout`: `Pending` then.
+    pub fn next_timeout(&mut self, timeout: Duration) -> Poll<Option<Result<Piece>>> {
+        let deadline = Instant::now().checked_add(timeout);
+        self.take(|events| events.receive(deadline))
+    }
+
+    /// [`try_next`](Self::try_next) for asynchronous tasks: where it is `Pending`, the task of
+    /// `context` (of the last call, if there were several) is woken as soon as there is something.
+    /// The engine's thread wakes it; no other is needed.
+    pub fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Piece>>> {
+        self.take(|events| events.poll(context))
+    }
+
+    /// Takes events, as `receive` gets them, up to the next that is an item.
+    fn take(
+        &mut self,
+        mut receive: impl FnMut(&Receiver<Event>) -> Poll<Option<Event>>,
+    ) -> Poll<Option<Result<Piece>>> {
+        while !self.ended {
+            let Poll::Ready(event) = receive(&self.events) else { return Poll::Pending };
+            match event {
+                Some(Event::PromptScores(scores)) => self.prompt_logprobs = scores,
+                Some(Event::Piece(piece)) => return Poll::Ready(Some(Ok(piece))),
+                Some(Event::Finished(reason, usage)) => {
+                    self.ended = true;
+                    self.finish_reason = Some(reason);
+                    self.usage = Some(usage);
+                }
+                Some(Event::Failed(error)) => {
+                    self.ended = true;
+                    return Poll::Ready(Some(Err(error)));
+                }
+                None => {
+                    self.ended = true;
+                    return Poll::Ready(Some(Err(Error::EngineStopped)));
+                }
+            }
+        }
+        Poll::Ready(None)
+    }
+
     /// Waits for the end and returns everything.
     ///
     /// # Errors
@@ -120,30 +171,25 @@ impl Iterator for Stream {
     type Item = Result<Piece>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        while !self.ended {
-            match self.events.recv() {
-                Ok(Event::PromptScores(scores)) => self.prompt_logprobs = scores,
-                Ok(Event::Piece(piece)) => return Some(Ok(piece)),
-                Ok(Event::Finished(reason, usage)) => {
-                    self.ended = true;
-                    self.finish_reason = Some(reason);
-                    self.usage = Some(usage);
-                }
-                Ok(Event::Failed(error)) => {
-                    self.ended = true;
-                    return Some(Err(error));
-                }
-                Err(_) => {
-                    self.ended = true;
-                    return Some(Err(Error::EngineStopped));
-                }
+        loop {
+            // Without a deadline it waits until there is something.
+            if let Poll::Ready(next) = self.take(|events| events.receive(None)) {
+                return next;
             }
         }
-        None
     }
 }
 
 impl FusedIterator for Stream {}
+
+impl std::fmt::Debug for Stream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { ended, finish_reason, usage, .. } = self;
+        let mut debug = f.debug_struct("Stream");
+        debug.field("ended", ended).field("finish_reason", finish_reason).field("usage", usage);
+        debug.finish_non_exhaustive()
+    }
+}
 
 impl Drop for Stream {
     fn drop(&mut self) {

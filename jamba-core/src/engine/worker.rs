@@ -17,7 +17,7 @@ use crate::tokenizer::Tokenizer;
 pub(super) struct Worker {
     shared: Arc<Shared>,
     runner: Box<dyn Runner>,
-    tokenizer: Tokenizer,
+    tokenizer: Option<Tokenizer>,
     cache: Option<PrefixCache>,
     budget: u64,
     slots: Vec<Slot>,
@@ -61,7 +61,7 @@ impl Worker {
     pub(super) fn new(
         shared: Arc<Shared>,
         runner: Box<dyn Runner>,
-        tokenizer: &Tokenizer,
+        tokenizer: Option<Tokenizer>,
         prefix_cache: u64,
         budget: u64,
     ) -> Self {
@@ -69,7 +69,7 @@ impl Worker {
         Self {
             shared,
             runner,
-            tokenizer: tokenizer.clone(),
+            tokenizer,
             cache: (prefix_cache > 0).then(|| PrefixCache::new(prefix_cache)),
             budget,
             slots,
@@ -126,11 +126,12 @@ impl Worker {
 
     /// Gives a request a slot, and the longest stored state that begins its prompt.
     fn start(&mut self, job: Job) {
-        let writer = Writer::new(&self.tokenizer, self.runner.config(), job.options.clone());
+        let writer =
+            Writer::new(self.tokenizer.as_ref(), self.runner.config(), job.options.clone());
         let mut sequence = match writer {
             Ok(writer) => Sequence::new(job, writer),
             Err(error) => {
-                let _ = job.events.send(Event::Failed(error));
+                job.events.send(Event::Failed(error));
                 self.stats.failed += 1;
                 return;
             }
@@ -243,7 +244,11 @@ impl Worker {
         let is_reading = |slot: &Slot| slot.sequence.as_ref().is_some_and(|s| s.pending.is_none());
         let mut reading = self.slots.iter().filter(|slot| is_reading(slot)).count();
         let mut tokens = limits.tokens - self.parts.len();
-        // One row is left for each sequence that is not scored.
+        // One row is left for each sequence that is not scored, and for each that is one at least.
+        let is_scored = |slot: &&Slot| {
+            slot.sequence.as_ref().is_some_and(|s| s.pending.is_none() && s.is_scored())
+        };
+        let mut scored = self.slots.iter().filter(is_scored).count();
         let mut rows = limits.outputs - limits.slots;
         for (index, slot) in self.slots.iter().enumerate() {
             let Some(sequence) = slot.sequence.as_ref().filter(|_| is_reading(slot)) else {
@@ -252,7 +257,8 @@ impl Worker {
             let mut share = tokens.div_ceil(reading);
             reading -= 1;
             if sequence.is_scored() {
-                share = share.min(rows);
+                share = share.min(rows.div_ceil(scored));
+                scored -= 1;
             }
             let end = sequence.part_end(share);
             let part = sequence.position..end;

@@ -1,16 +1,11 @@
-use std::ops::Range;
-use std::sync::{Mutex, OnceLock};
+use std::sync::OnceLock;
 
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 
 use super::*;
-use crate::backend::{Limits, StatePart};
-use crate::batch::Batch;
-use crate::config::Config;
-use crate::fingerprint::{Fingerprint, Hasher};
-use crate::model::Runner;
-use crate::trace::{Detail, Listener};
+use crate::backend::Limits;
+use crate::testing::{Heard, Script};
 
 const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/jamba-tales-11m");
 const EOS: u32 = 2;
@@ -20,116 +15,17 @@ fn tokenizer() -> &'static Tokenizer {
     DEMO_TOKENIZER.get_or_init(|| Tokenizer::from_folder(DEMO).unwrap())
 }
 
-/// What a [`Script`] was given.
-type Heard = Arc<Mutex<Vec<Vec<u32>>>>;
-
-/// Called with the number of tokens so far: what the model says next, `None` for NaN.
-type Say = Box<dyn Fn(usize) -> Option<u32> + Send>;
-
-/// A model that says what it is told to.
-struct Script {
-    config: Config,
-    limits: Limits,
-    say: Say,
-    heard: Heard,
-    logits: Vec<f32>,
-}
-
-impl Runner for Script {
-    fn config(&self) -> &Config {
-        &self.config
-    }
-
-    fn limits(&self) -> Limits {
-        self.limits
-    }
-
-    fn step(&mut self, batch: &Batch) -> Result<()> {
-        self.heard.lock().unwrap().push(batch.tokens().to_vec());
-        let run = batch.runs()[0];
-        self.logits = match (self.say)(run.position + run.len) {
-            None => vec![f32::NAN; self.config.vocab_size],
-            Some(id) => (0..4096).map(|i| if i == id { 9.0 } else { 0.0 }).collect(),
-        };
-        self.logits.truncate(batch.outputs().len() * self.config.vocab_size);
-        Ok(())
-    }
-
-    fn step_traced(&mut self, batch: &Batch, _: Detail, _: &mut Listener<'_>) -> Result<()> {
-        self.step(batch)
-    }
-
-    fn logits(&self) -> Result<Vec<f32>> {
-        Ok(self.logits.clone())
-    }
-
-    fn reset(&mut self, _: usize) -> Result<()> {
-        Ok(())
-    }
-
-    fn read_state(&self, _: usize, _: StatePart, _: usize, _: usize) -> Result<Vec<f32>> {
-        Ok(Vec::new())
-    }
-
-    fn write_state(&mut self, _: usize, _: StatePart, _: usize, _: usize, _: &[f32]) -> Result<()> {
-        Ok(())
-    }
-
-    fn read_positions(
-        &self,
-        _: usize,
-        _: StatePart,
-        _: usize,
-        _: Range<usize>,
-    ) -> Result<Vec<f32>> {
-        Ok(Vec::new())
-    }
-
-    fn write_positions(
-        &mut self,
-        _: usize,
-        _: StatePart,
-        _: usize,
-        _: Range<usize>,
-        _: &[f32],
-    ) -> Result<()> {
-        Ok(())
-    }
-
-    fn copy_slot(&mut self, _: usize, _: usize, _: usize) -> Result<()> {
-        Ok(())
-    }
-
-    fn fingerprint(&self) -> Fingerprint {
-        Hasher::new().finish()
-    }
-
-    fn sequence_bytes(&self, _: usize) -> u64 {
-        0
-    }
-
-    fn is_chunk_invariant(&self) -> bool {
-        true
-    }
-
-    fn sibling(&self, _: Limits) -> Result<Box<dyn Runner>> {
-        Err(Error::EngineStopped)
-    }
-}
-
 fn session_of(
     context: usize,
-    say: impl Fn(usize) -> Option<u32> + Send + 'static,
+    say: impl Fn(usize) -> Option<u32> + Send + Sync + 'static,
 ) -> (Session, Heard) {
-    let heard = Heard::default();
-    let script = Script {
-        config: Config::from_folder(DEMO).unwrap(),
-        limits: Limits { slots: 1, context, tokens: 4, outputs: 1 },
-        say: Box::new(say),
-        heard: heard.clone(),
-        logits: Vec::new(),
-    };
-    (Session::new(Box::new(script)), heard)
+    let limits = Limits { slots: 1, context, tokens: 4, outputs: 1 };
+    Script { say: Some(Arc::new(say)), ..Script::new(limits) }.session()
+}
+
+/// The tokens of each step.
+fn steps(heard: &Heard) -> Vec<Vec<u32>> {
+    heard.lock().unwrap().iter().map(|(_, tokens)| tokens.clone()).collect()
 }
 
 /// Says these ids after the first `prompt` tokens, then ends the text for ever.
@@ -175,7 +71,7 @@ fn end_of_text() {
     assert_eq!(all.logprobs.len(), all.ids.len());
 
     // The prompt in chunks of four, then every token: the session holds what was returned.
-    let heard = heard.lock().unwrap();
+    let heard = steps(&heard);
     assert_eq!(heard[..2], [vec![1, 2740, 789, 262], vec![534]]);
     assert_eq!(heard[2..].concat(), all.ids);
     assert_eq!(session.position(), 5 + all.ids.len());
@@ -203,7 +99,7 @@ fn budget() {
     assert_eq!(generator.finish_reason(), Some(FinishReason::Length));
     assert!(generator.next().is_none());
     assert_eq!(generator.pending(), None);
-    assert_eq!(*heard.lock().unwrap(), [[1]]);
+    assert_eq!(steps(&heard), [[1]]);
 }
 
 #[test]
@@ -235,7 +131,7 @@ fn a_prompt_that_cannot_be_taken_changes_nothing() {
     assert!(matches!(generator.prompt(&[36]), Err(Error::LatePrompt)));
     assert!(generator.next().is_none());
     assert_eq!(generator.usage().prompt_tokens, 3);
-    assert_eq!(*heard.lock().unwrap(), [vec![1, 40], vec![41]]);
+    assert_eq!(steps(&heard), [vec![1, 40], vec![41]]);
 
     let invalid = |options| Generator::new(&mut says(1, &[]).0, tokenizer(), options).err();
     assert!(matches!(invalid(stopping(&["a", ""])), Some(Error::Option { option: "stop", .. })));
@@ -249,7 +145,7 @@ fn without_a_prompt() {
     let (mut session, heard) = says(1, &plain("Once"));
     let mut generator = Generator::new(&mut session, tokenizer(), greedy(50)).unwrap();
     assert_eq!(texts(&mut generator).concat(), "Once");
-    assert_eq!(heard.lock().unwrap()[0], [1]);
+    assert_eq!(steps(&heard)[0], [1]);
     // Nothing stands in for a prompt within a text.
     let mut generator = Generator::new(&mut session, tokenizer(), greedy(50)).unwrap();
     assert!(matches!(generator.next(), Some(Err(Error::EmptyPrompt))));
@@ -274,12 +170,12 @@ fn the_next_turn_begins_with_the_pending_token() {
     let mut generator = Generator::new(&mut session, tokenizer(), greedy(50)).unwrap();
     generator.prompt(&[pending]).unwrap();
     assert_eq!(texts(&mut generator).concat(), "Two");
-    assert_eq!(heard.lock().unwrap().concat(), [&[1], &ids[..]].concat());
+    assert_eq!(steps(&heard).concat(), [&[1], &ids[..]].concat());
 
     // In a session that holds tokens, a text is encoded without a beginning-of-text token.
     let mut generator = Generator::new(&mut session, tokenizer(), greedy(0)).unwrap();
     generator.prompt_text("The").unwrap();
-    assert_eq!(heard.lock().unwrap().last().unwrap(), &plain("The"));
+    assert_eq!(steps(&heard).last().unwrap(), &plain("The"));
 }
 
 #[test]
@@ -411,6 +307,52 @@ fn logits_that_are_no_numbers() {
     let mut generator = Generator::new(&mut session, tokenizer(), greedy(50)).unwrap();
     assert!(matches!(generator.prompt(&[1]), Err(Error::NonFinite { position: 1 })));
     assert!(generator.next().is_none());
+}
+
+/// The text of a turn is what it adds to the turns before it, wherever a token of theirs ended.
+#[test]
+fn a_text_goes_on_within_a_character() {
+    let ids = plain("a🦊 b");
+    let fox = ids.len() - 3;
+    for cut in 1..fox {
+        let (mut session, _) = says(1, &ids);
+        let mut text = String::new();
+        let mut generator = Generator::new(&mut session, tokenizer(), greedy(cut)).unwrap();
+        generator.prompt(&[1]).unwrap();
+        let first = texts(&mut generator).concat();
+        let pending = generator.pending().unwrap();
+        text.push_str(first.trim_end_matches('\u{FFFD}'));
+        let mut generator = Generator::new(&mut session, tokenizer(), greedy(50)).unwrap();
+        generator.prompt(&[pending]).unwrap();
+        text.push_str(&texts(&mut generator).concat());
+        assert_eq!(text, "a🦊 b", "{cut}");
+    }
+}
+
+#[test]
+fn ids_without_a_tokenizer() {
+    let (mut session, _) = says(1, &[40, 41, EOS]);
+    let mut generator = Generator::ids_only(&mut session, greedy(50)).unwrap();
+    assert!(matches!(generator.prompt_text("a"), Err(Error::NoTokenizer)));
+    generator.prompt(&[1]).unwrap();
+    let pieces: Vec<Piece> = generator.by_ref().map(|piece| piece.unwrap()).collect();
+    assert_eq!(pieces.iter().filter_map(|p| p.id).collect::<Vec<_>>(), [40, 41, EOS]);
+    assert!(pieces.iter().all(|piece| piece.text.is_empty() && piece.logprob < 0.0));
+    assert_eq!(generator.finish_reason(), Some(FinishReason::Eos));
+    let error = Generator::ids_only(&mut session, stopping(&["x"])).err().unwrap();
+    assert!(matches!(error, Error::Option { option: "stop", .. }), "{error}");
+}
+
+#[test]
+fn the_tokenizer_of_another_model() {
+    let limits = Limits { slots: 1, context: 9, tokens: 4, outputs: 1 };
+    let mut script = Script::new(limits);
+    script.config.vocab_size = 4095;
+    let (mut session, _) = script.session();
+    let error = Generator::new(&mut session, tokenizer(), greedy(1)).err().unwrap().to_string();
+    for part in ["tokenizer.json", "4095", "another model"] {
+        assert!(error.contains(part), "`{part}` is not in: {error}");
+    }
 }
 
 #[test]

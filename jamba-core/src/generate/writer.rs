@@ -3,16 +3,17 @@
 use super::stops::Stops;
 use super::{FinishReason, GenerateOptions, Piece};
 use crate::config::Config;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::logprobs::{TokenLogProb, top_log_probs};
 use crate::sampler::{Sampled, Sampler};
 use crate::tokenizer::{Decoder, Tokenizer};
 
 /// What a generation is apart from the model that it runs: sampling, text, and when to end.
 pub(crate) struct Writer {
-    tokenizer: Tokenizer,
+    tokenizer: Option<Tokenizer>,
     sampler: Sampler,
-    decoder: Decoder,
+    /// None where only ids are wanted.
+    decoder: Option<Decoder>,
     stops: Stops,
     /// Tokens to generate still.
     rest: usize,
@@ -23,15 +24,23 @@ pub(crate) struct Writer {
 
 impl Writer {
     pub(crate) fn new(
-        tokenizer: &Tokenizer,
+        tokenizer: Option<&Tokenizer>,
         config: &Config,
         options: GenerateOptions,
     ) -> Result<Self> {
         let GenerateOptions { sampling, max_tokens, stop, ignore_eos, logprobs, .. } = options;
+        match (tokenizer, stop.first()) {
+            (Some(tokenizer), _) => tokenizer.check_vocab(config.vocab_size)?,
+            (None, Some(stop)) => {
+                let allowed = "a stop string needs a tokenizer to be found in the text";
+                return Err(Error::Option { option: "stop", value: format!("{stop:?}"), allowed });
+            }
+            (None, None) => {}
+        }
         Ok(Self {
-            tokenizer: tokenizer.clone(),
+            tokenizer: tokenizer.cloned(),
             sampler: Sampler::new(sampling, config.vocab_size)?,
-            decoder: tokenizer.decoder(&[])?,
+            decoder: None,
             stops: Stops::new(stop)?,
             rest: max_tokens,
             eos_ids: if ignore_eos { Vec::new() } else { config.eos_token_ids.clone() },
@@ -39,10 +48,11 @@ impl Writer {
         })
     }
 
-    /// Tells the prompt, the last `new` ids of which were not told before.
+    /// Tells all tokens so far, the last `new` of which were not told before.
     pub(crate) fn prompt(&mut self, ids: &[u32], new: usize) -> Result<()> {
         self.sampler.observe_prompt(&ids[ids.len() - new..]);
-        self.decoder = self.tokenizer.decoder(ids)?;
+        self.decoder =
+            self.tokenizer.as_ref().map(|tokenizer| tokenizer.decoder(ids)).transpose()?;
         Ok(())
     }
 
@@ -87,7 +97,10 @@ impl Writer {
     ) -> Result<(Piece, Option<FinishReason>)> {
         self.rest = self.rest.saturating_sub(1);
         let eos = self.eos_ids.contains(&id);
-        let decoded = if eos { String::new() } else { self.decoder.push(id)? };
+        let decoded = match &mut self.decoder {
+            Some(decoder) if !eos => decoder.push(id)?,
+            _ => String::new(),
+        };
         let (mut text, stopped) = self.stops.push(&decoded);
         let mut reason = if stopped {
             Some(FinishReason::Stop)
@@ -117,7 +130,8 @@ impl Writer {
 
     /// The text held back, and whether a stop string ends it.
     fn flush(&mut self) -> Result<(String, bool)> {
-        let (mut text, stopped) = self.stops.push(&self.decoder.finish()?);
+        let decoded = self.decoder.as_mut().map(Decoder::finish).transpose()?;
+        let (mut text, stopped) = self.stops.push(&decoded.unwrap_or_default());
         text.push_str(&self.stops.rest());
         Ok((text, stopped))
     }

@@ -1,105 +1,25 @@
-use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::collections::HashMap;
+
+use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
+use tempfile::TempDir;
 
 use super::*;
-use crate::fingerprint::{Fingerprint, Hasher};
+use crate::state::Snapshot;
+use crate::testing::{Heard, Script};
 
-/// Position and length of the steps that a runner was given.
-type Heard = Arc<Mutex<Vec<(usize, usize)>>>;
+const CONTEXT: usize = 100;
 
-/// A model of which only the steps matter. It fails where a token is 9.
-struct Steps {
-    config: Config,
-    heard: Heard,
-    invariant: bool,
-}
-
-impl Runner for Steps {
-    fn config(&self) -> &Config {
-        &self.config
-    }
-
-    fn limits(&self) -> Limits {
-        Limits { slots: 1, context: 100, tokens: 8, outputs: 8 }
-    }
-
-    fn step(&mut self, batch: &Batch) -> Result<()> {
-        let run = batch.runs()[0];
-        self.heard.lock().unwrap().push((run.position, run.len));
-        if batch.tokens().contains(&9) { Err(Error::EngineStopped) } else { Ok(()) }
-    }
-
-    fn step_traced(&mut self, batch: &Batch, _: Detail, _: &mut Listener<'_>) -> Result<()> {
-        self.step(batch)
-    }
-
-    fn logits(&self) -> Result<Vec<f32>> {
-        Ok(vec![0.0; self.config.vocab_size])
-    }
-
-    fn reset(&mut self, _: usize) -> Result<()> {
-        Ok(())
-    }
-
-    fn read_state(&self, _: usize, _: StatePart, _: usize, _: usize) -> Result<Vec<f32>> {
-        Ok(Vec::new())
-    }
-
-    fn write_state(&mut self, _: usize, _: StatePart, _: usize, _: usize, _: &[f32]) -> Result<()> {
-        Ok(())
-    }
-
-    fn read_positions(
-        &self,
-        _: usize,
-        _: StatePart,
-        _: usize,
-        _: Range<usize>,
-    ) -> Result<Vec<f32>> {
-        Ok(Vec::new())
-    }
-
-    fn write_positions(
-        &mut self,
-        _: usize,
-        _: StatePart,
-        _: usize,
-        _: Range<usize>,
-        _: &[f32],
-    ) -> Result<()> {
-        Ok(())
-    }
-
-    fn copy_slot(&mut self, _: usize, _: usize, _: usize) -> Result<()> {
-        Ok(())
-    }
-
-    fn fingerprint(&self) -> Fingerprint {
-        Hasher::new().finish()
-    }
-
-    fn sequence_bytes(&self, _: usize) -> u64 {
-        0
-    }
-
-    fn is_chunk_invariant(&self) -> bool {
-        self.invariant
-    }
-
-    fn sibling(&self, _: Limits) -> Result<Box<dyn Runner>> {
-        let Self { config, heard, invariant } = self;
-        Ok(Box::new(Self { config: config.clone(), heard: heard.clone(), invariant: *invariant }))
-    }
-}
-
+/// It fails where a token is 9.
 fn session(invariant: bool) -> (Session, Heard) {
-    let config = Config::preset("jamba-tales-11m").unwrap();
-    let heard = Heard::default();
-    (Session::new(Box::new(Steps { config, heard: heard.clone(), invariant })), heard)
+    let limits = Limits { slots: 1, context: CONTEXT, tokens: 8, outputs: 8 };
+    Script { invariant, fails_at: Some(9), ..Script::new(limits) }.session()
 }
 
+/// Position and length of the steps.
 fn take(heard: &Heard) -> Vec<(usize, usize)> {
-    std::mem::take(&mut heard.lock().unwrap())
+    let steps = std::mem::take(&mut *heard.lock().unwrap());
+    steps.iter().map(|(position, tokens)| (*position, tokens.len())).collect()
 }
 
 #[test]
@@ -143,4 +63,167 @@ fn a_failed_step_can_be_rewound() {
     assert_eq!((rewound, s.position()), (Rewound { checkpoint: Some(4), replayed: 2 }, 6));
     s.append(&[1]).unwrap();
     assert_eq!(take(&heard), [(4, 2), (6, 1)]);
+}
+
+#[derive(Clone, Debug)]
+enum Act {
+    Append(Vec<u32>),
+    AppendEach(Vec<u32>),
+    Fail,
+    Fork,
+    Swap,
+    Snapshot,
+    Restore(usize),
+    Rewind(usize),
+    Mark,
+    CheckpointEvery(usize),
+    Save,
+    Load,
+    Reset,
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    let tokens = || prop::collection::vec(10u32..90, 1..20);
+    prop_oneof![
+        6 => tokens().prop_map(Act::Append),
+        2 => tokens().prop_map(Act::AppendEach),
+        1 => Just(Act::Fail),
+        1 => Just(Act::Fork),
+        2 => Just(Act::Swap),
+        3 => Just(Act::Snapshot),
+        3 => any::<usize>().prop_map(Act::Restore),
+        5 => any::<usize>().prop_map(Act::Rewind),
+        2 => Just(Act::Mark),
+        1 => (0usize..7).prop_map(Act::CheckpointEvery),
+        1 => Just(Act::Save),
+        1 => Just(Act::Load),
+        1 => Just(Act::Reset),
+    ]
+}
+
+/// Logits and states, as bits.
+fn contents(s: &Session) -> Vec<Vec<u32>> {
+    let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+    let parts = [(0, StatePart::Ssm), (1, StatePart::Keys)];
+    let states = parts.map(|(layer, part)| bits(&s.read_state(layer, part).unwrap()));
+    [&[bits(s.last_logits())], &states[..]].concat()
+}
+
+/// A session that ran these tokens, and did nothing else: where it matters, in steps that end here.
+fn fresh(invariant: bool, tokens: &[u32], steps: &[usize]) -> Vec<Vec<u32>> {
+    let (mut s, _) = session(invariant);
+    for &end in steps.iter().filter(|_| !invariant) {
+        s.step(&tokens[s.position()..end], Outputs::Last, None).unwrap();
+    }
+    if invariant && !tokens.is_empty() {
+        s.append(tokens).unwrap();
+    }
+    assert_eq!(s.tokens(), tokens);
+    contents(&s)
+}
+
+/// Plays `acts` on up to three sessions, and holds each to a fresh one after every act. `steps` has
+/// what the session must remember: where a backend's results depend on it, tokens that are appended
+/// end steps where they did, whatever came between.
+fn play(invariant: bool, acts: &[Act]) {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("state.safetensors");
+    let mut sessions = vec![session(invariant).0];
+    let mut snapshots: Vec<Snapshot> = Vec::new();
+    let mut saved = None;
+    let mut known = HashMap::new();
+    for act in acts {
+        let crowded = sessions.len() >= 3;
+        let s = &mut sessions[0];
+        let (room, before) = (CONTEXT - s.position(), s.tokens().to_vec());
+        let steps_before = s.steps.clone();
+        let mut expected = before.clone();
+        match act {
+            Act::Append(ids) | Act::AppendEach(ids) if ids.len() <= room => {
+                match act {
+                    Act::Append(_) => drop(s.append(ids).unwrap()),
+                    _ => s.append_each(ids, |_, _| ()).unwrap(),
+                }
+                expected.extend(ids);
+                assert_eq!(s.steps[..steps_before.len()], steps_before);
+            }
+            Act::Append(_) | Act::AppendEach(_) => {}
+            Act::Fail if room > 0 => {
+                s.append(&[9]).unwrap_err();
+                s.rewind(0).unwrap();
+            }
+            Act::Fail => {}
+            Act::Fork if !crowded => {
+                let fork = s.fork().unwrap();
+                sessions.push(fork);
+            }
+            Act::Fork => {}
+            Act::Swap => {
+                sessions.rotate_left(1);
+                expected = sessions[0].tokens().to_vec();
+            }
+            Act::Snapshot => snapshots.push(s.snapshot().unwrap()),
+            Act::Restore(i) => {
+                if let Some(i) = i.checked_rem(snapshots.len()) {
+                    s.restore(&snapshots[i]).unwrap();
+                    expected = snapshots[i].tokens().to_vec();
+                }
+            }
+            Act::Rewind(n) => {
+                let position = before.len() - n % (before.len() + 1);
+                s.rewind_to(position).unwrap();
+                expected.truncate(position);
+                if !invariant {
+                    let mut steps = steps_before;
+                    steps.retain(|step| *step < position);
+                    steps.extend((position > 0).then_some(position));
+                    assert_eq!(s.steps, steps);
+                }
+            }
+            Act::Mark => drop(s.mark().unwrap()),
+            Act::CheckpointEvery(n) => s.checkpoint_every(*n),
+            Act::Save => {
+                s.save(&file).unwrap();
+                saved = Some(before);
+            }
+            Act::Load => {
+                if let Some(tokens) = &saved {
+                    s.load(&file).unwrap();
+                    expected = tokens.clone();
+                }
+            }
+            Act::Reset => {
+                s.reset().unwrap();
+                expected.clear();
+            }
+        }
+        let s = &sessions[0];
+        assert_eq!(s.tokens(), expected, "{act:?}");
+        let key = (s.tokens().to_vec(), s.steps.clone());
+        let fresh =
+            known.entry(key).or_insert_with_key(|(ids, steps)| fresh(invariant, ids, steps));
+        assert!(contents(s) == *fresh, "{act:?}: {:?} {:?}", s.tokens(), s.steps);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        failure_persistence: None,
+        rng_seed: RngSeed::Fixed(7),
+        cases: 400,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn any_interleaving_equals_a_fresh_run(acts in prop::collection::vec(act(), 1..40)) {
+        play(true, &acts);
+    }
+
+    /// Of a backend whose results depend on the steps: the same steps give the same.
+    #[test]
+    fn any_interleaving_equals_a_fresh_run_in_the_same_steps(
+        acts in prop::collection::vec(act(), 1..40),
+    ) {
+        play(false, &acts);
+    }
 }
