@@ -1,11 +1,14 @@
 //! [`CpuBackend`]: the operators on the instruction set of the machine.
 
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use jamba_core::backend::{Backend, CausalConv1d, Cols, Limits, Scratch, SelectiveScan, StatePart};
 use jamba_core::shape::{self, Shaped};
 use jamba_core::weights::{Moe, Weights};
 use jamba_core::{Batch, Config, Param, Result, WeightFormat, compose};
+
+use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::simd::Isa;
 use crate::state::State;
@@ -16,9 +19,19 @@ use crate::{attention, conv1d, elementwise, linear, moe, norm, scan};
 /// The fast CPU path: rayon and SIMD, weights in their stored dtype and mapped where they are, or
 /// quantised ([`with_format`](Self::with_format)).
 ///
-/// Work is spread over the rayon pool of the calling thread, the global one if it has none. A
-/// result does not depend on the number of threads, on how a prompt is cut into chunks, or on
+/// A result does not depend on the number of threads, on how a prompt is cut into chunks, or on
 /// what else is in the batch: not by one bit.
+///
+/// # Threads
+///
+/// A step is spread over a pool of threads that all backends of the process share and nobody else
+/// uses, as many as `RAYON_NUM_THREADS` says or the machine has cores: so a program whose own rayon
+/// tasks wait for an [`Engine`](jamba_core::Engine) does not wait for ever. Within a rayon pool it
+/// is spread over that one: `pool.install(|| session.append(..))` chooses the threads.
+///
+/// A rayon task that waits for a step runs other tasks of its pool in the meantime. It must not hold
+/// a lock that those take too, or it waits for itself: give each task a session of its own, or put
+/// the requests to an engine, rather than a `Mutex<Session>`.
 #[derive(Clone, Copy)]
 pub struct CpuBackend {
     isa: Isa,
@@ -48,6 +61,16 @@ impl CpuBackend {
     pub fn isa(&self) -> &'static str {
         self.isa.name()
     }
+}
+
+/// The pool of the backends; none for a thread that is of a pool, or where threads cannot be had.
+fn pool() -> Option<&'static ThreadPool> {
+    static POOL: OnceLock<Option<ThreadPool>> = OnceLock::new();
+    if rayon::current_thread_index().is_some() {
+        return None;
+    }
+    let name = |index| format!("jamba-cpu-{index}");
+    POOL.get_or_init(|| ThreadPoolBuilder::new().thread_name(name).build().ok()).as_ref()
 }
 
 impl Default for CpuBackend {
@@ -164,6 +187,10 @@ impl Backend for CpuBackend {
         positions: usize,
     ) -> Result<()> {
         state.copy(from, to, positions)
+    }
+
+    fn sequence_bytes(&self, config: &Config, positions: usize) -> u64 {
+        crate::state::sequence_bytes(config, positions)
     }
 
     fn is_chunk_invariant(&self) -> bool {
@@ -337,6 +364,9 @@ impl Backend for CpuBackend {
         state: &mut State,
     ) -> Result<()> {
         // One entry into the pool for the step, instead of one for each operator.
-        rayon::scope(|_| compose::forward(self, config, weights, scratch, state))
+        match pool() {
+            Some(pool) => pool.install(|| compose::forward(self, config, weights, scratch, state)),
+            None => rayon::scope(|_| compose::forward(self, config, weights, scratch, state)),
+        }
     }
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use jamba_core::host::zeros;
 use jamba_core::schedule::{MixerKind, Schedule};
-use jamba_core::{Batch, Config, Error, Limits, Result, StatePart};
+use jamba_core::{Batch, Config, Error, Limits, Result, StatePart, memory};
 
 use crate::tensor::View;
 use crate::weight::PAD;
@@ -132,6 +132,15 @@ impl Cache {
             self.values.copy_within(from, to.start);
         }
     }
+}
+
+/// What [`State::new`] takes for each slot: everything in f32, channels padded.
+pub(crate) fn sequence_bytes(config: &Config, positions: usize) -> u64 {
+    let padded = config.d_inner().next_multiple_of(PAD) as u64;
+    let per_channel = (config.mamba_d_conv - 1 + config.mamba_d_state) as u64;
+    let mamba_layers = Schedule::new(config).mamba_layers() as u64;
+    let mamba = 4 * (mamba_layers * padded).saturating_mul(per_channel);
+    memory::kv_bytes(config, positions, 4).saturating_add(mamba)
 }
 
 impl State {

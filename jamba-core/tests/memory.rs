@@ -1,0 +1,75 @@
+//! What is said of memory before a state is made is what it then takes.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use jamba_core::{Backend, Config, Limits, memory};
+use jamba_cpu::{CpuBackend, ReferenceBackend};
+
+/// Counts the bytes that are allocated and not yet freed.
+struct Counting;
+
+static HELD: AtomicU64 = AtomicU64::new(0);
+
+// SAFETY: every call is the system allocator's, with the arguments as they came.
+#[allow(unsafe_code)]
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        HELD.fetch_add(layout.size() as u64, Ordering::Relaxed);
+        // SAFETY: the caller keeps the contract of `GlobalAlloc`.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        HELD.fetch_add(layout.size() as u64, Ordering::Relaxed);
+        // SAFETY: the caller keeps the contract of `GlobalAlloc`.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        HELD.fetch_sub(layout.size() as u64, Ordering::Relaxed);
+        // SAFETY: the caller keeps the contract of `GlobalAlloc`.
+        unsafe { System.dealloc(at, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Bytes that `make` leaves allocated.
+fn taken<T>(make: impl FnOnce() -> T) -> u64 {
+    let before = HELD.load(Ordering::Relaxed);
+    let made = make();
+    let after = HELD.load(Ordering::Relaxed);
+    drop(made);
+    after - before
+}
+
+fn check<B: Backend>(backend: &B, config: &Config, limits: Limits) {
+    let said = limits.slots as u64 * backend.sequence_bytes(config, limits.context);
+    let took = taken(|| backend.new_state(config, &limits).unwrap());
+    // The list of the layers, and what each is known by.
+    let lists = 400 * config.num_hidden_layers as u64;
+    assert!((said..=said + lists).contains(&took), "{}: said {said}, took {took}", backend.name());
+}
+
+#[test]
+fn a_state_takes_what_was_said() {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../jamba-tests/golden");
+    let small = ["paper-block", "odd-shapes", "pure-attention", "pure-mamba"];
+    let mut configs: Vec<_> =
+        small.iter().map(|name| Config::from_folder(golden.join(name)).unwrap()).collect();
+    configs.extend(["jamba-tales-11m", "jamba-reasoning-3b"].map(|n| Config::preset(n).unwrap()));
+    for config in &configs {
+        for (slots, context) in [(1, 1), (3, 129), (8, 1000)] {
+            let limits = Limits { slots, context, tokens: 4, outputs: 1 };
+            check(&CpuBackend::new(), config, limits);
+            check(&ReferenceBackend, config, limits);
+        }
+        // Channels are padded: no less than the configuration alone says, and not much more.
+        let said = CpuBackend::new().sequence_bytes(config, 100);
+        let plain = memory::sequence_bytes(config, 100, 4);
+        assert!(said >= plain && said < 2 * plain, "{said} {plain}");
+    }
+}
