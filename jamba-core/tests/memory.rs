@@ -65,7 +65,7 @@ fn a_state_takes_what_was_said() {
         for (slots, context) in [(1, 1), (3, 129), (8, 1000)] {
             let limits = Limits { slots, context, tokens: 4, outputs: 1 };
             check(&CpuBackend::new(), config, limits);
-            check(&ReferenceBackend, config, limits);
+            check(&ReferenceBackend::default(), config, limits);
         }
         // Channels are padded: no less than the configuration alone says, and not much more.
         let said = CpuBackend::new().sequence_bytes(config, 100);

@@ -426,7 +426,7 @@ fn a_step_at_another_position_is_refused() {
 /// A part that a layer does not have, or that is not there, is named; nothing panics.
 #[test]
 fn a_part_of_the_state_that_is_not_there() {
-    let reference = Model::load(golden("paper-block"), ReferenceBackend).unwrap();
+    let reference = Model::load(golden("paper-block"), ReferenceBackend::default()).unwrap();
     for model in [&*cpu("paper-block"), &reference as &dyn LanguageModel] {
         let mut s = session(model, 16);
         s.append(&[5, 6, 7]).unwrap();

@@ -36,7 +36,8 @@ impl Extent {
         if config.num_hidden_layers > LAYERS {
             let allowed = format!("{LAYERS} is the most");
             let value = config.num_hidden_layers.to_string();
-            return Err(Error::Config { field: "num_hidden_layers", value, allowed });
+            let (file, field) = ("problem", "num_hidden_layers");
+            return Err(Error::Config { file, field, value, allowed });
         }
         config.validate()?;
         let reach = |s: &super::ragged::Sequence| s.past.saturating_add(s.len);
