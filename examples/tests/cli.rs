@@ -160,6 +160,10 @@ fn inspect_prints_table_1_and_checks_weights() {
     }
     let row = out.lines().find(|line| line.trim_start().starts_with("262,144")).unwrap();
     assert!(row.contains("4.00 GiB"), "{row}");
+    for (format, size) in [("experts-int8", "51.48 GiB"), ("int4", "27.34 GiB")] {
+        let row = out.lines().find(|line| line.trim_start().starts_with(format)).unwrap();
+        assert!(row.contains(size), "{row}");
+    }
     let (out, _) = success(example("inspect").args(["--context", "777"]));
     assert!(out.contains("complete") && out.contains("777"), "{out}");
     refused(example("inspect").args(["--preset", "gpt-2"]), &["gpt-2", "jamba-v0.1"]);
@@ -253,4 +257,32 @@ fn bench_says_how_much_of_the_machine_is_used() {
     assert!(out.contains("weights int4, on cpu"), "{out}");
     assert!(out.contains("2 of 8 layers of jamba-tales-11m"), "{out}");
     refused(example("bench").args(["--preset", "gpt-2"]), &["gpt-2", "jamba-v0.1"]);
+}
+
+#[test]
+fn quality_of_all_formats() {
+    let (out, _) = success(example("quality").args(["--tokens", "64"]));
+    for part in ["63 tokens", "stored", "experts-int8", "int8", "int4", "100.00 %"] {
+        assert!(out.contains(part), "`{part}` is not in: {out}");
+    }
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("text.txt");
+    std::fs::write(&file, "The fox said to the owl that it was late. ".repeat(9)).unwrap();
+    let args = ["--quant", "int4", "--window", "40", "--json"];
+    let (out, _) = success(example("quality").arg(&file).args(args));
+    let json: Value = serde_json::from_str(&out).unwrap();
+    let formats = json["formats"].as_array().unwrap();
+    assert_eq!((formats.len(), &formats[1]["format"]), (2, &Value::from("int4")));
+    assert!(formats[1]["kl"].as_f64().unwrap() > 0.0, "{json}");
+    assert!(formats[1]["bytes"].as_u64() < formats[0]["bytes"].as_u64(), "{json}");
+    refused(example("quality").args(["--quant", "q4"]), &["q4", "int4"]);
+    refused(example("quality").args(["--window", "1"]), &["window"]);
+}
+
+#[test]
+fn generate_with_quantised_weights() {
+    let args = ["--prompt", "Once upon a time", "--temperature", "0", "--max-tokens", "4"];
+    let text = |format| success(example("generate").args(args).args(["--quant", format])).0;
+    assert!(text("int4").starts_with("Once upon a time"));
+    assert_eq!(text("experts-int8"), text("stored"));
 }

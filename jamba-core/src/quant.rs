@@ -283,9 +283,10 @@ impl Quantized {
                 Packing::Int8Block | Packing::Int4Block => {
                     let of_part = &mut all.block_scales[first * scales..(first + rows) * scales];
                     let scales = of_part.par_chunks_mut(scales);
-                    let is_int4 = packing == Packing::Int4Block;
-                    let bytes = if is_int4 { BLOCK / 2 } else { BLOCK };
-                    let quantize = if is_int4 { block::int4 } else { block::int8 };
+                    let (bytes, quantize) = match packing {
+                        Packing::Int4Block => (BLOCK / 2, block::int4 as Quantize),
+                        _ => (BLOCK, block::int8 as Quantize),
+                    };
                     quants.zip(scales).try_for_each_init(buffer, |row, ((r, quants), scales)| {
                         read(r, row)?;
                         let blocks = row.as_chunks().0.iter().zip(quants.chunks_exact_mut(bytes));
@@ -389,6 +390,9 @@ impl fmt::Debug for Quantized {
         write!(f, "Quantized({:?} {:?})", self.packing, self.shape)
     }
 }
+
+/// Writes the quants of a block, and returns the bits of its scale.
+type Quantize = fn(&[f32; BLOCK], &mut [u8]) -> u16;
 
 /// Bytes on a boundary of 64: a cache line, and the widest vector.
 struct Lines {
