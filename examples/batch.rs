@@ -10,7 +10,7 @@ use jamba_core::{
     Completion, Engine, EngineOptions, Error, GenerateOptions, Request, Result, Sampling,
     Tokenizer, WeightFormat,
 };
-use jamba_examples::{BackendName, demo_model, print, run};
+use jamba_examples::{BackendName, demo_model, note, print, run};
 use serde_json::{Value, json};
 
 /// Continues every prompt of a file, many at a time, and prints the texts in the order of the
@@ -107,7 +107,7 @@ fn batch(args: &Args) -> Result<()> {
     progress.clear();
     engine.shutdown();
     let stats = engine.stats();
-    eprintln!(
+    note!(
         "[{} prompts through {} slots in {seconds:.2} s: {} prompt tokens run, {} from stored states; \
          generated {} at {:.0}/s; {} steps]",
         prompts.len(),
@@ -201,7 +201,7 @@ struct Progress {
 impl Progress {
     fn clear(&self) {
         if self.shown {
-            eprint!("\r\x1b[K");
+            let _ = write!(std::io::stderr(), "\r\x1b[K");
         }
     }
 
@@ -211,8 +211,10 @@ impl Progress {
         if self.shown {
             let full = WIDTH * self.done / self.of.max(1);
             let bar = "#".repeat(full) + &".".repeat(WIDTH - full);
-            eprint!("[{bar}] {}/{} at {tokens_per_second:.0} tokens/s", self.done, self.of);
-            let _ = std::io::stderr().flush();
+            let Self { done, of, .. } = self;
+            let line = format!("[{bar}] {done}/{of} at {tokens_per_second:.0} tokens/s");
+            let mut stderr = std::io::stderr();
+            let _ = stderr.write_all(line.as_bytes()).and_then(|()| stderr.flush());
         }
     }
 }

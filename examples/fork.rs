@@ -9,7 +9,7 @@ use jamba_core::{
     Error, GenerateOptions, Generator, Result, Sampling, Session, SessionOptions, Tokenizer,
     WeightFormat,
 };
-use jamba_examples::{BackendName, demo_model, print, run};
+use jamba_examples::{BackendName, demo_model, note, print, run};
 
 /// Reads a prompt once and continues it several times from the same state, then rewinds into the
 /// prompt, puts other words in the place of its end, and continues that.
@@ -74,7 +74,7 @@ fn fork(args: &Args) -> Result<()> {
         Some(path) if path.is_file() => session.load(path)?,
         _ => drop(session.append(&ids)?),
     }
-    eprintln!("[{} tokens of prompt: {:.1?}]", session.position(), start.elapsed());
+    note!("[{} tokens of prompt: {:.1?}]", session.position(), start.elapsed());
     if args.rewind > session.position() {
         return Err(Error::Rewind { position: 0, held: session.position() });
     }
@@ -83,12 +83,12 @@ fn fork(args: &Args) -> Result<()> {
     }
 
     let snapshot = session.snapshot()?;
-    eprintln!("[the state: {} bytes]", snapshot.bytes());
+    note!("[the state: {} bytes]", snapshot.bytes());
     let prompt = tokenizer.decode(session.tokens())?;
     for number in 0..args.forks {
         let start = Instant::now();
         let mut fork = session.fork()?;
-        eprintln!("[a fork: {:.1?}]", start.elapsed());
+        note!("[a fork: {:.1?}]", start.elapsed());
         let text = go_on(args, &mut fork, &tokenizer, args.seed.wrapping_add(number))?;
         print(&format!("{prompt}{text}\n"))?;
     }
@@ -99,7 +99,7 @@ fn fork(args: &Args) -> Result<()> {
         Some(position) => format!("the checkpoint at {position}"),
         None => "the start".into(),
     };
-    eprintln!(
+    note!(
         "[{} tokens taken back: {} replayed from {from}, {:.1?}]",
         args.rewind,
         rewound.replayed,

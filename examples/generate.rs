@@ -11,7 +11,7 @@ use jamba_core::{
     Error, FinishReason, GenerateOptions, Generator, Result, Sampling, SessionOptions, Tokenizer,
     Usage, WeightFormat,
 };
-use jamba_examples::{BackendName, demo_model, print, run};
+use jamba_examples::{BackendName, demo_model, note, print, run};
 use serde_json::json;
 
 /// Continues a text with a Jamba model. Without arguments, the demo model tells a story.
@@ -118,7 +118,7 @@ fn generate(args: &Args) -> Result<()> {
     let mut session = model.session(SessionOptions { context, chunk, outputs: 1 })?;
     let mut generator = Generator::new(&mut session, &tokenizer, options)?;
     if ids.len() > 2 * chunk {
-        eprintln!("reading {} tokens of prompt ...", ids.len());
+        note!("reading {} tokens of prompt ...", ids.len());
     }
     generator.prompt(&ids)?;
 
@@ -153,7 +153,7 @@ fn generate(args: &Args) -> Result<()> {
         print(&format!("{echo}{}", output.text))?;
     }
     print("\n")?;
-    eprintln!(
+    note!(
         "[{} on {}: loaded in {:.0} ms; prompt {} tokens at {:.0}/s; generated {} at {:.0}/s; end: {reason}]",
         folder.display(),
         model.backend_name(),
@@ -269,7 +269,7 @@ fn piped() -> Result<Option<String>> {
             _ => return Ok(None),
         },
         Err(_) => {
-            eprintln!("nothing on stdin yet, so not waiting for it (--prompt-file - does)");
+            note!("nothing on stdin yet, so not waiting for it (--prompt-file - does)");
             return Ok(None);
         }
     };

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
+use jamba_core::error::escaped;
 use jamba_core::memory::{kv_bytes, mamba_state_bytes, weight_bytes};
 use jamba_core::preset;
 use jamba_core::schedule::{FeedForwardKind, MixerKind, ParamCount, Schedule};
@@ -197,7 +198,8 @@ fn check_weights(out: &mut String, config: &Config, folder: &Path) -> Result<()>
     line!(out, "\nWeights in this folder: complete; {}", sizes.join(", "));
     let unused = checkpoint.unused(&layout);
     if !unused.is_empty() {
-        line!(out, "  {} tensors are not part of this model: {}", unused.len(), unused[0]);
+        let name = escaped(&unused[0]);
+        line!(out, "  {} tensors are not part of this model: {name}", unused.len());
     }
     Ok(())
 }

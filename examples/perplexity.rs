@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use clap::Parser;
 use jamba_core::{Error, Result, SessionOptions, Tokenizer, WeightFormat};
-use jamba_examples::{BackendName, demo_model, print, run};
+use jamba_examples::{BackendName, demo_model, note, print, run};
 use serde_json::json;
 
 /// The mean negative log-probability of the tokens of a file, and its exponential.
@@ -71,7 +71,7 @@ fn perplexity(args: &Args) -> Result<()> {
         let scores = session.score(&ids[first..scored], &ids[scored..end], 0)?;
         nll -= scores.iter().map(|token| f64::from(token.logprob)).sum::<f64>();
         scored = end;
-        eprintln!(
+        note!(
             "{scored} of {} tokens: perplexity {:.3}",
             ids.len(),
             (nll / (scored - 1) as f64).exp()
@@ -90,6 +90,6 @@ fn perplexity(args: &Args) -> Result<()> {
     } else {
         print(&format!("mean nll {mean:.4}, perplexity {:.3}, {count} tokens\n", mean.exp()))?;
     }
-    eprintln!("[{:.0} tokens/s]", count as f64 / start.elapsed().as_secs_f64());
+    note!("[{:.0} tokens/s]", count as f64 / start.elapsed().as_secs_f64());
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Writes every activation of a model for given token ids: what kernel developers compare with.
+//! Writes every activation of a model for a given prompt: what kernel developers compare with.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -6,24 +6,28 @@ use std::process::ExitCode;
 use clap::Parser;
 use jamba_core::recording::Recording;
 use jamba_core::trace::Detail;
-use jamba_core::{Result, SessionOptions, WeightFormat};
-use jamba_examples::{BackendName, demo_model, parse_ids, run};
+use jamba_core::{Result, SessionOptions, Tokenizer, WeightFormat};
+use jamba_examples::{BackendName, demo_model, note, parse_ids, run};
 
-/// Runs token ids as one prompt, then more of them one at a time, and writes every activation and
-/// the final states to a safetensors file (F32).
+/// Runs a prompt, then more token ids one at a time, and writes to a safetensors file (F32) every
+/// activation of the prompt, the logits of the ids after it, and the states at the end.
 ///
-/// Names: embed, layers.I.{input_norm,ff_norm,ff,out}, layers.I.mamba.{in_proj,conv,dt,B,C,scan,out},
+/// Names, of the prompt: embed, layers.I.{input_norm,ff_norm,ff,out}, layers.I.mamba.{in_proj,conv,dt,B,C,scan,out},
 /// layers.I.attn.{q,k,v,context,out}, layers.I.moe.router_logits, final_norm, logits, all of shape
-/// (tokens, width); decode_logits (decoded tokens, vocabulary);
+/// (tokens, width); of the ids after it: decode_logits (ids, vocabulary); at the end:
 /// state.I.{conv (d_inner, d_conv), ssm (d_inner, d_state), k, v (kv_heads, tokens, head_dim)}.
 #[derive(Parser)]
 struct Args {
-    /// Folder with config.json and safetensors [default: the demo model].
+    /// Folder with config.json and safetensors, and tokenizer.json for a text [default: the demo
+    /// model].
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
+    /// Text of the prompt; the ids that it is encoded to are printed.
+    #[arg(long, value_name = "TEXT", conflicts_with = "ids", required_unless_present = "ids")]
+    prompt: Option<String>,
     /// Token ids of the prompt, separated by commas.
     #[arg(long, value_name = "1,2,3", value_parser = parse_ids)]
-    ids: std::vec::Vec<u32>,
+    ids: Option<std::vec::Vec<u32>>,
     /// Token ids run one at a time after the prompt.
     #[arg(long, value_name = "4,5,6", value_parser = parse_ids, default_value = "")]
     decode: std::vec::Vec<u32>,
@@ -51,13 +55,21 @@ fn main() -> ExitCode {
 fn trace(args: Args) -> Result<()> {
     let folder = args.model.unwrap_or_else(demo_model);
     let model = args.backend.load(&folder, args.quant)?;
-    let prompt = args.ids.len().max(1);
+    let ids = match &args.prompt {
+        Some(text) => {
+            let ids = Tokenizer::from_folder(&folder)?.encode(text)?;
+            note!("--ids {}", ids.iter().map(u32::to_string).collect::<Vec<_>>().join(","));
+            ids
+        }
+        None => args.ids.unwrap_or_default(),
+    };
+    let prompt = ids.len().max(1);
     let chunk = args.chunk.map_or(prompt, |n| n.get().min(prompt));
     let context = prompt + args.decode.len();
     let mut session = model.session(SessionOptions { context, chunk, outputs: chunk })?;
     let detail = if args.fused { Detail::Blocks } else { Detail::Operators };
-    let recording = Recording::new(&mut session, &args.ids, chunk, &args.decode, detail)?;
+    let recording = Recording::new(&mut session, &ids, chunk, &args.decode, detail)?;
     recording.save(&args.output)?;
-    eprintln!("wrote {} tensors to {}", recording.tensors.len(), args.output.display());
+    note!("wrote {} tensors to {}", recording.tensors.len(), args.output.display());
     Ok(())
 }

@@ -73,7 +73,7 @@ fn problems(args: &Args) -> Result<()> {
         println!("  {name:48} {:?}", tensor.shape);
     }
     file.save(output)?;
-    eprintln!("wrote {} tensors to {}", file.tensors.len(), output.display());
+    jamba_examples::note!("wrote {} tensors to {}", file.tensors.len(), output.display());
     Ok(())
 }
 

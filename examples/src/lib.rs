@@ -117,7 +117,7 @@ pub fn run(main: impl FnOnce() -> Result<()>) -> ExitCode {
     match main() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            note!("error: {error}");
             let innocent = matches!(
                 error,
                 Error::Device { .. } | Error::Poisoned | Error::EngineStopped | Error::Step { .. }
@@ -125,6 +125,18 @@ pub fn run(main: impl FnOnce() -> Result<()>) -> ExitCode {
             ExitCode::from(if innocent { 1 } else { 2 })
         }
     }
+}
+
+/// Tells the user something on stderr, as `eprintln` does; but a program whose stderr is full or
+/// closed goes on.
+#[macro_export]
+macro_rules! note {
+    ($($text:tt)*) => { $crate::tell(format_args!($($text)*)) };
+}
+
+/// What [`note`] calls.
+pub fn tell(text: std::fmt::Arguments<'_>) {
+    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 /// Prints results, at once. Ends the program quietly if nobody reads them any more.

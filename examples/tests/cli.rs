@@ -113,6 +113,10 @@ fn generate_refuses_bad_input() {
 #[cfg(target_os = "linux")]
 fn output_that_cannot_be_written_is_an_error() {
     for name in ["generate", "inspect"] {
+        // What is said beside the results is not worth a failure.
+        let (_, nobody) = std::io::pipe().unwrap();
+        let output = example(name).stderr(nobody).output().unwrap();
+        assert!(output.status.success() && !output.stdout.is_empty(), "{name}");
         let full = std::fs::File::create("/dev/full").unwrap();
         let output = example(name).stdout(full).output().unwrap();
         let err = String::from_utf8(output.stderr).unwrap();
@@ -144,6 +148,22 @@ fn trace_writes_the_golden_names() {
 }
 
 #[test]
+fn trace_takes_a_text() {
+    let folder = TempDir::new().unwrap();
+    let files = ["text", "ids"].map(|name| folder.path().join(name));
+    let text = ["--prompt", "The little dog", "--output"];
+    let (_, err) = success(example("trace").args(text).arg(&files[0]));
+    assert!(err.contains("--ids 1,344,425,1175"), "{err}");
+    let ids = ["--ids", "1,344,425,1175", "--output"];
+    success(example("trace").args(ids).arg(&files[1]));
+    let [a, b] = files.map(|file| std::fs::read(file).unwrap());
+    assert!(a == b);
+    let both = ["--prompt", "a", "--ids", "1", "--output", "/no/such"];
+    refused(example("trace").args(both), &["--prompt", "--ids"]);
+    refused(example("trace").args(["--output", "/no/such"]), &["--prompt"]);
+}
+
+#[test]
 fn trace_refuses_bad_input() {
     let output = ["--output", "/no/such/folder/trace.safetensors"];
     refused(example("trace").args(["--ids", "1,2"]).args(output), &["/no/such/folder"]);
@@ -167,6 +187,46 @@ fn inspect_prints_table_1_and_checks_weights() {
     let (out, _) = success(example("inspect").args(["--context", "777"]));
     assert!(out.contains("complete") && out.contains("777"), "{out}");
     refused(example("inspect").args(["--preset", "gpt-2"]), &["gpt-2", "jamba-v0.1"]);
+}
+
+/// What stands in the way of the weights is named, and what a file says does not reach the terminal.
+#[test]
+#[cfg(unix)]
+fn inspect_of_odd_folders() {
+    let model = root().join("jamba-tests/golden/pure-mamba");
+    let copy = || {
+        let folder = TempDir::new().unwrap();
+        let to = folder.path().join("config.json");
+        std::fs::copy(model.join("config.json"), to).unwrap();
+        folder
+    };
+    let (out, _) = success(example("inspect").arg("--model").arg(copy().path()));
+    assert!(out.contains("No weights here"), "{out}");
+    let folder = copy();
+    std::fs::create_dir(folder.path().join("model.safetensors")).unwrap();
+    refused(example("inspect").arg("--model").arg(folder.path()), &["model.safetensors", "folder"]);
+    let folder = copy();
+    std::os::unix::fs::symlink("/no/blob", folder.path().join("model.safetensors")).unwrap();
+    let parts = ["model.safetensors", "a link to a file that is not there"];
+    refused(example("inspect").arg("--model").arg(folder.path()), &parts);
+
+    let folder = copy();
+    let mut bytes = std::fs::read(model.join("model.safetensors")).unwrap();
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let mut json: Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
+    let len = bytes.len() - 8 - header;
+    let foreign = serde_json::json!({"dtype": "F32", "shape": [1], "data_offsets": [len, len + 4]});
+    json["\u{1b}[31mred\u{9b}"] = foreign;
+    let header = [json.to_string().into_bytes(), bytes.split_off(8 + header), vec![0; 4]];
+    let len = (header[0].len() as u64).to_le_bytes().to_vec();
+    let file = [len, header.concat()].concat();
+    std::fs::write(folder.path().join("model.safetensors"), file).unwrap();
+    let (out, _) = success(example("inspect").arg("--model").arg(folder.path()));
+    assert!(out.contains("\\u{1b}[31mred\\u{9b}"), "{out}");
+    assert!(!out.contains(['\u{1b}', '\u{9b}']), "{out}");
+    let refused = example("generate").arg("--model").arg(folder.path()).output().unwrap();
+    let err = String::from_utf8(refused.stderr).unwrap();
+    assert!(err.contains("red") && !err.contains(['\u{1b}', '\u{9b}']), "{err}");
 }
 
 #[test]
