@@ -435,6 +435,7 @@ impl<B: Backend + Send + Sync + 'static> Runner for ModelRunner<B> {
     }
 
     fn reset(&mut self, slot: usize) -> Result<()> {
+        check_slots(&[slot], &self.limits)?;
         self.model.backend().reset_slot(&mut self.state, slot)?;
         self.held[slot] = Held::tokens(0);
         Ok(())
@@ -460,6 +461,7 @@ impl<B: Backend + Send + Sync + 'static> Runner for ModelRunner<B> {
         values: &[f32],
     ) -> Result<()> {
         self.check_part(layer, part)?;
+        check_slots(&[slot], &self.limits)?;
         let backend = self.model.backend();
         backend.write_state(&mut self.state, layer, part, slot, positions, values)?;
         let held = &mut self.held[slot];

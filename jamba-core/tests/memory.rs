@@ -2,9 +2,12 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::Path;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use jamba_core::{Backend, Config, Limits, memory};
+use jamba_core::{
+    Backend, Config, Engine, EngineOptions, GenerateOptions, Limits, Model, Request, memory,
+};
 use jamba_cpu::{CpuBackend, ReferenceBackend};
 
 /// Counts the bytes that are allocated and not yet freed.
@@ -37,6 +40,9 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
+/// One test at a time: the count is of the whole process.
+static ALONE: Mutex<()> = Mutex::new(());
+
 /// Bytes that `make` leaves allocated.
 fn taken<T>(make: impl FnOnce() -> T) -> u64 {
     let before = HELD.load(Ordering::Relaxed);
@@ -56,6 +62,7 @@ fn check<B: Backend>(backend: &B, config: &Config, limits: Limits) {
 
 #[test]
 fn a_state_takes_what_was_said() {
+    let _alone = ALONE.lock().unwrap();
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../jamba-tests/golden");
     let small = ["paper-block", "odd-shapes", "pure-attention", "pure-mamba"];
     let mut configs: Vec<_> =
@@ -72,4 +79,62 @@ fn a_state_takes_what_was_said() {
         let plain = memory::sequence_bytes(config, 100, 4);
         assert!(said >= plain && said < 2 * plain, "{said} {plain}");
     }
+}
+
+/// Thousands of short requests, read, cancelled or dropped, leave nothing behind: of what an engine
+/// holds nothing grows, and without it all is as before.
+#[test]
+fn requests_leave_nothing_behind() {
+    let _alone = ALONE.lock().unwrap();
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../jamba-tests/golden/pure-mamba");
+    let model = Model::load(folder, CpuBackend::new()).unwrap();
+    let round = |engine: &Engine, requests: u32| {
+        let mut streams = Vec::new();
+        for i in 0..requests {
+            let max_tokens = i as usize % 7;
+            let options = GenerateOptions { max_tokens, ..GenerateOptions::default() };
+            let prompt = vec![5 + i % 90, 5 + i / 90 % 90, 6];
+            let mut stream = engine.submit(Request::new(prompt, options)).unwrap();
+            match i % 5 {
+                0 => drop(stream),
+                1 => {
+                    let _ = stream.next();
+                    stream.cancel();
+                    streams.push(stream);
+                }
+                _ => streams.push(stream),
+            }
+        }
+        streams.into_iter().for_each(|stream| drop(stream.collect_all().unwrap()));
+    };
+    let options = EngineOptions {
+        slots: 8,
+        context: 32,
+        step_tokens: 32,
+        queue: 10_000,
+        prefix_cache: 1 << 16,
+        memory: None,
+    };
+    // The first engine starts threads, which stay.
+    let warm = Engine::ids_only(&model, options).unwrap();
+    round(&warm, 500);
+    warm.shutdown();
+    drop(warm);
+    let before = HELD.load(Ordering::Relaxed);
+    let engine = Engine::ids_only(&model, options).unwrap();
+    round(&engine, 1000);
+    let level = HELD.load(Ordering::Relaxed);
+    for _ in 0..4 {
+        round(&engine, 2500);
+    }
+    let later = HELD.load(Ordering::Relaxed);
+    engine.shutdown();
+    let stats = engine.stats();
+    assert_eq!((stats.finished + stats.cancelled, stats.failed), (11_000, 0), "{stats:?}");
+    drop(engine);
+    let after = HELD.load(Ordering::Relaxed);
+    println!("{before} bytes before, {level} at work, {later} later, {after} after");
+    // Queues and caches grow to their size: less than a byte for each request may be left.
+    assert!(later < level + (1 << 17), "{level} bytes became {later}");
+    assert!(after < before + 10_000, "{before} bytes became {after}");
 }

@@ -64,3 +64,32 @@ pub(super) fn selective_scan(
 fn softplus(x: f64) -> f64 {
     if x > 20.0 { x } else { x.exp().ln_1p() }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::softplus;
+
+    /// As PyTorch 2's in f32, down to where dt is the smallest subnormal and then zero.
+    #[test]
+    fn softplus_underflows_as_in_pytorch() {
+        let smallest = f32::from_bits(1);
+        for (x, expected) in [
+            (-1e30, 0.0),
+            (-800.0, 0.0),
+            (-104.0, 0.0),
+            (-103.0, smallest),
+            (-100.0, 3.783_506e-44),
+            (-88.0, 6.054_601_5e-39),
+            (-50.0, 1.928_749_9e-22),
+            (-20.0, 2.061_153_7e-9),
+            (20.0, 20.0),
+            (20.01, 20.01),
+            (1e30, 1e30),
+        ] {
+            let got = softplus(f64::from(x as f32)) as f32;
+            let near = (got - expected).abs() <= 1e-6 * expected;
+            assert!(near || got.to_bits().abs_diff(expected.to_bits()) <= 1, "{x}: {got:e}");
+        }
+        assert!(softplus(f64::NAN).is_nan());
+    }
+}
