@@ -175,7 +175,7 @@ impl<T> Scratch<T> {
 /// for prompts and single tokens. A run of length zero is allowed and changes nothing.
 ///
 /// An operator returns [`Error::Shape`](crate::Error::Shape) for operands that do not fit
-/// ([`shape`](crate::shape) tells which do) and then leaves its results and the state as they
+/// ([`shape`] tells which do) and then leaves its results and the state as they
 /// were. Otherwise it sets the row count of what it writes, and writes all of it.
 pub trait Backend: Sized {
     /// Row-major f32 activations of `(rows, columns)` on the device, allocated for a maximum
