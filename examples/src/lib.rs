@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::ValueEnum;
-use jamba_core::{Config, Error, LanguageModel, Model, ParamSource, Result, WeightFormat};
+use jamba_core::{
+    Config, Error, LanguageModel, Model, ParamSource, Precision, Result, WeightFormat,
+};
 use jamba_cpu::{CpuBackend, ReferenceBackend};
-#[cfg(feature = "cuda")]
-use jamba_cuda::Precision;
 
 pub mod machine;
 pub mod quality;
@@ -16,8 +16,10 @@ pub mod quality;
 /// The backends that an example can run on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum BackendName {
-    /// Multi-threaded, vectorised.
+    /// Multi-threaded, vectorised; products of bf16 or int8 where the weights are so.
     Cpu,
+    /// The same with products of f32.
+    CpuF32,
     /// One obvious loop per equation, in f64: slow, and what others are held to.
     Reference,
     /// The first NVIDIA GPU, bf16 weights and products (built with `--features cuda`).
@@ -33,7 +35,8 @@ impl BackendName {
     /// Those of [`Model::load`]; [`Error::Unsupported`] for a format that the backend lacks.
     pub fn load(self, folder: &Path, format: WeightFormat) -> Result<Box<dyn LanguageModel>> {
         Ok(match self {
-            Self::Cpu => Box::new(Model::load(folder, CpuBackend::new().with_format(format))?),
+            Self::Cpu => Box::new(Model::load(folder, cpu(Precision::Bf16, format))?),
+            Self::CpuF32 => Box::new(Model::load(folder, cpu(Precision::F32, format))?),
             Self::Reference => {
                 Box::new(Model::load(folder, ReferenceBackend::new().with_format(format))?)
             }
@@ -57,9 +60,8 @@ impl BackendName {
         format: WeightFormat,
     ) -> Result<Box<dyn LanguageModel>> {
         Ok(match self {
-            Self::Cpu => {
-                Box::new(Model::new(config, source, CpuBackend::new().with_format(format))?)
-            }
+            Self::Cpu => Box::new(Model::new(config, source, cpu(Precision::Bf16, format))?),
+            Self::CpuF32 => Box::new(Model::new(config, source, cpu(Precision::F32, format))?),
             Self::Reference => {
                 Box::new(Model::new(config, source, ReferenceBackend::new().with_format(format))?)
             }
@@ -77,11 +79,17 @@ impl std::fmt::Display for BackendName {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Cpu => "cpu",
+            Self::CpuF32 => "cpu-f32",
             Self::Reference => "reference",
             Self::Cuda => "cuda",
             Self::CudaF32 => "cuda-f32",
         })
     }
+}
+
+/// The cores of this machine.
+pub fn cpu(precision: Precision, format: WeightFormat) -> CpuBackend {
+    CpuBackend::new().with_precision(precision).with_format(format)
 }
 
 /// The first GPU.

@@ -79,6 +79,7 @@ pub mod host;
 pub mod logprobs;
 pub mod memory;
 pub mod model;
+pub mod precision;
 pub mod preset;
 pub mod quant;
 pub mod random;
@@ -113,6 +114,7 @@ pub use generate::{
 };
 pub use logprobs::{Scored, TokenLogProb, perplexity, top_log_probs};
 pub use model::{LanguageModel, Model, ModelRunner, Runner};
+pub use precision::Precision;
 pub use quant::{Layout, Packing, Quantized, WeightFormat};
 pub use sampler::{Sampled, Sampler, Sampling, log_prob};
 pub use session::{Rewound, Session, SessionOptions};

@@ -1,17 +1,32 @@
 //! Grouped-query attention over the KV cache, softmax in one pass over blocks of keys.
+//!
+//! A task has some tokens and some of the heads that share a key head: it reads each block of keys
+//! and values once for all of them. Blocks begin at multiples of [`BLOCK`] positions, and a query
+//! goes through them in order, so that its result depends neither on the other queries nor on how
+//! the prompt was cut.
 
-use jamba_core::Batch;
+use std::cell::Cell;
+use std::marker::PhantomData;
+use std::ops::Range;
 
-use crate::linear::tile;
-use crate::simd::columns::{Columns, for_each};
+use jamba_core::{Batch, Run};
+
+use crate::simd::columns::{Block, Columns, for_each_group};
+use crate::simd::dots::{TILE_N, Widened, tile};
 use crate::simd::{Isa, Simd, exp, with_simd};
 use crate::state::Cache;
 use crate::tensor::View;
 
 /// Keys whose scores are held at once.
 const BLOCK: usize = 64;
-/// Multiply-adds below which threads are not worth waking.
-const PARALLEL: usize = 1 << 18;
+/// Queries of a task at most: tokens and heads.
+const QUERIES: usize = 64;
+/// Heads of a task at most.
+const HEADS: usize = 8;
+/// Queries that share the loads of keys and values.
+const TILE_M: usize = 4;
+/// Multiply-adds below which a second thread is no gain.
+const PARALLEL: usize = 1 << 17;
 
 /// `out (tokens, heads * head_dim)` for `qkv (tokens, (heads + 2 kv_heads) head_dim)`. The keys
 /// and values of the batch are appended to the cache first.
@@ -22,88 +37,200 @@ pub(crate) fn attention(
     cache: &mut Cache,
     out: &mut [f32],
 ) {
+    thread_local! {
+        // Taken out while it is used: another session may run on this thread meanwhile.
+        static ENDS: Cell<Vec<usize>> = const { Cell::new(Vec::new()) };
+    }
     cache.append(qkv, batch);
     let cache = &*cache;
     let [heads, kv_heads, head_dim] = cache.heads;
-    let width = heads * head_dim;
+    let group = heads / kv_heads;
+    let shared = (1..=HEADS.min(group)).rev().find(|n| group.is_multiple_of(*n)).unwrap_or(1);
+    let tokens = QUERIES / shared;
+
+    let mut ends = ENDS.take();
+    ends.clear();
+    let mut first = 0;
+    for run in batch.runs() {
+        ends.extend(
+            (first..first + run.len).step_by(tokens).map(|t| (t + tokens).min(first + run.len)),
+        );
+        first += run.len;
+    }
     let keys: usize = batch.runs().iter().map(|r| r.len * (r.position + r.len)).sum();
-    let parallel = keys * width >= PARALLEL;
-    for_each([Columns::new(out, width, width, head_dim)], parallel, |[mut block]| {
-        let cols = block.cols();
-        let kv_head = cols.start / head_dim / (heads / kv_heads);
-        let mut first = 0;
-        for run in batch.runs() {
-            let (keys, values) = cache.head(run.slot, kv_head);
-            for t in 0..run.len {
-                let seen = (run.position + t + 1) * head_dim;
-                let query = &qkv.row(first + t)[cols.clone()];
-                let out = block.row(first + t);
-                with_simd!(isa, s => attend(s, query, &keys[..seen], &values[..seen], out));
-            }
-            first += run.len;
-        }
-    });
-}
-
-/// `out = softmax(q K^T / sqrt(head_dim)) V` for one query: K and V `(positions, head_dim)`.
-#[inline(always)]
-fn attend<S: Simd>(s: S, query: &[f32], keys: &[f32], values: &[f32], out: &mut [f32]) {
-    let head_dim = query.len();
-    let scale = (head_dim as f32).sqrt().recip();
-    let mut largest = f32::NEG_INFINITY;
-    let mut total = 0.0;
-    out.fill(0.0);
-    for (keys, values) in keys.chunks(BLOCK * head_dim).zip(values.chunks(BLOCK * head_dim)) {
-        let n = keys.len() / head_dim;
-        let key = |i: usize| &keys[i * head_dim..(i + 1) * head_dim];
-        let mut scores = [f32::NEG_INFINITY; BLOCK];
-        let mut i = 0;
-        while i + 4 <= n {
-            let [four] = tile(s, [query], std::array::from_fn::<_, 4, _>(|j| key(i + j)));
-            scores[i..i + 4].copy_from_slice(&four.map(|v| v * scale));
-            i += 4;
-        }
-        while i < n {
-            let [[one]] = tile(s, [query], [key(i)]);
-            scores[i] = one * scale;
-            i += 1;
-        }
-        let mut block_largest = s.splat(largest);
-        for chunk in scores.chunks_exact(S::LANES) {
-            // The second operand comes through if it is NaN.
-            block_largest = s.max(block_largest, s.load(chunk));
-        }
-        let block_largest = s.max_lane(block_largest);
-        // Brings what was summed so far to the new largest score; nothing before the first block.
-        let shrink =
-            if largest == f32::NEG_INFINITY { 0.0 } else { (largest - block_largest).exp() };
-        largest = block_largest;
-        let mut sum = s.splat(0.0);
-        for chunk in scores.chunks_exact_mut(S::LANES) {
-            let p = exp(s, s.sub(s.load(chunk), s.splat(largest)));
-            sum = s.add(sum, p);
-            s.store(p, chunk);
-        }
-        total = total * shrink + s.sum(sum);
-        accumulate(s, out, shrink, &scores[..n], values);
-    }
-    let scale = total.recip();
-    out.iter_mut().for_each(|v| *v *= scale);
-}
-
-/// `out = shrink * out + sum_i p[i] values[i]`.
-#[inline(always)]
-fn accumulate<S: Simd>(s: S, out: &mut [f32], shrink: f32, p: &[f32], values: &[f32]) {
-    let head_dim = out.len();
-    for c in (0..head_dim).step_by(S::LANES) {
-        let width = S::LANES.min(head_dim - c);
-        let load = |v: &[f32]| {
-            if width == S::LANES { s.load(v) } else { s.load_partial(&v[..width]) }
+    let parallel = keys * heads * head_dim >= PARALLEL;
+    let matrix = Columns::new(out, heads * head_dim, heads * head_dim, shared * head_dim);
+    for_each_group(&matrix, &ends, parallel, |index, mut out| {
+        let tokens = if index == 0 { 0..ends[0] } else { ends[index - 1]..ends[index] };
+        let (run, first) = run_of(batch, tokens.start);
+        let (keys, values) = cache.head(run.slot, out.cols().start / head_dim / group);
+        let task = Task {
+            position: run.position + tokens.start - first,
+            qkv,
+            tokens,
+            heads: shared,
+            head_dim,
+            keys,
+            values,
         };
-        let mut sum = s.mul(load(&out[c..]), s.splat(shrink));
-        for (i, p) in p.iter().enumerate() {
-            sum = s.fma(load(&values[i * head_dim + c..]), s.splat(*p), sum);
+        with_simd!(isa, s => task.attend(s, &mut out));
+    });
+    ENDS.set(ends);
+}
+
+/// The run that a token is in, and its first token.
+fn run_of(batch: &Batch, token: usize) -> (Run, usize) {
+    let mut first = 0;
+    for run in batch.runs() {
+        if token < first + run.len {
+            return (*run, first);
         }
-        s.store_partial(sum, &mut out[c..c + width]);
+        first += run.len;
     }
+    unreachable!("token {token} of {first}")
+}
+
+struct Task<'a> {
+    qkv: View<'a>,
+    /// Rows of `qkv`.
+    tokens: Range<usize>,
+    /// Position of the first token in its sequence.
+    position: usize,
+    heads: usize,
+    head_dim: usize,
+    /// `(context, head_dim)`.
+    keys: &'a [f32],
+    values: &'a [f32],
+}
+
+/// What is known of the scores of a query so far.
+#[derive(Clone, Copy)]
+struct Softmax {
+    largest: f32,
+    /// Sum of `exp(score - largest)`.
+    total: f32,
+}
+
+impl Task<'_> {
+    /// `out = softmax(q K^T / sqrt(head_dim)) V` for every query.
+    #[inline(always)]
+    fn attend<S: Simd>(&self, s: S, out: &mut Block<'_>) {
+        let queries = self.tokens.len() * self.heads;
+        let mut state = [Softmax { largest: f32::NEG_INFINITY, total: 0.0 }; QUERIES];
+        for t in 0..self.tokens.len() {
+            out.row(t).fill(0.0);
+        }
+        // Blocks that all queries see as a whole, and then those that each sees its own part of.
+        let whole = (self.position + 1) / BLOCK * BLOCK;
+        for start in (0..whole).step_by(BLOCK) {
+            let mut q = 0;
+            while q + TILE_M <= queries {
+                self.block::<S, TILE_M>(s, q, start..start + BLOCK, &mut state, out);
+                q += TILE_M;
+            }
+            while q < queries {
+                self.block::<S, 1>(s, q, start..start + BLOCK, &mut state, out);
+                q += 1;
+            }
+        }
+        for q in 0..queries {
+            let seen = self.position + q / self.heads + 1;
+            for start in (whole..seen).step_by(BLOCK) {
+                self.block::<S, 1>(s, q, start..seen.min(start + BLOCK), &mut state, out);
+            }
+            let scale = state[q].total.recip();
+            self.query_out(out, q).iter_mut().for_each(|v| *v *= scale);
+        }
+    }
+
+    /// The part of `out` that a query has.
+    #[inline(always)]
+    fn query_out<'b>(&self, out: &'b mut Block<'_>, q: usize) -> &'b mut [f32] {
+        let start = q % self.heads * self.head_dim;
+        &mut out.row(q / self.heads)[start..start + self.head_dim]
+    }
+
+    /// Adds a block of keys to M queries, from number q on.
+    #[inline(always)]
+    fn block<S: Simd, const M: usize>(
+        &self,
+        s: S,
+        q: usize,
+        keys: Range<usize>,
+        state: &mut [Softmax; QUERIES],
+        out: &mut Block<'_>,
+    ) {
+        let (d, n) = (self.head_dim, keys.len());
+        let first_col = out.cols().start;
+        let mut query = [&[][..]; M];
+        for (m, query) in query.iter_mut().enumerate() {
+            let start = first_col + (q + m) % self.heads * d;
+            let row = self.qkv.row(self.tokens.start + (q + m) / self.heads);
+            *query = &row[start..start + d];
+        }
+        let scale = (d as f32).sqrt().recip();
+        let mut scores = [[f32::NEG_INFINITY; BLOCK]; M];
+        for i in (0..n).step_by(TILE_N) {
+            // Past the last key it stands in for those that are not there.
+            let key = |j: usize| &self.keys[(keys.start + (i + j).min(n - 1)) * d..][..d];
+            let four = [key(0), key(1), key(2), key(3)];
+            let products = tile::<_, M>(Widened(s, PhantomData), query, four, None);
+            let width = TILE_N.min(n - i);
+            for (scores, products) in scores.iter_mut().zip(products) {
+                for (score, product) in scores[i..i + width].iter_mut().zip(products) {
+                    *score = product * scale;
+                }
+            }
+        }
+        let mut shrink = [0.0; M];
+        for m in 0..M {
+            let Softmax { largest, total } = &mut state[q + m];
+            shrink[m] = softmax(s, largest, total, &mut scores[m]);
+        }
+        let values = &self.values[keys.start * d..keys.end * d];
+        for c in (0..d).step_by(S::LANES) {
+            let width = S::LANES.min(d - c);
+            let load = |v: &[f32]| {
+                if width == S::LANES { s.load(v) } else { s.load_partial(&v[..width]) }
+            };
+            let mut sums = [s.splat(0.0); M];
+            for (m, sum) in sums.iter_mut().enumerate() {
+                let so_far = load(&self.query_out(out, q + m)[c..]);
+                *sum = s.mul(so_far, s.splat(shrink[m]));
+            }
+            for (i, values) in values.chunks_exact(d).enumerate() {
+                let v = load(&values[c..]);
+                for (sum, scores) in sums.iter_mut().zip(&scores) {
+                    *sum = s.fma(v, s.splat(scores[i]), *sum);
+                }
+            }
+            for (m, sum) in sums.into_iter().enumerate() {
+                let to = &mut self.query_out(out, q + m)[c..c + width];
+                if width == S::LANES { s.store(sum, to) } else { s.store_partial(sum, to) }
+            }
+        }
+    }
+}
+
+/// Scores become `exp(score - largest)`, where `largest` is that of all so far. Returns the factor
+/// that brings what was summed before to it.
+#[inline(always)]
+fn softmax<S: Simd>(s: S, largest: &mut f32, total: &mut f32, scores: &mut [f32; BLOCK]) -> f32 {
+    let mut max = s.splat(*largest);
+    for chunk in scores.chunks_exact(S::LANES) {
+        // The second operand comes through if it is NaN.
+        max = s.max(max, s.load(chunk));
+    }
+    let max = s.max_lane(max);
+    // Nothing was summed before the first block.
+    let shrink = if *largest == f32::NEG_INFINITY { 0.0 } else { (*largest - max).exp() };
+    *largest = max;
+    let mut sum = s.splat(0.0);
+    for chunk in scores.chunks_exact_mut(S::LANES) {
+        let p = exp(s, s.sub(s.load(chunk), s.splat(max)));
+        sum = s.add(sum, p);
+        s.store(p, chunk);
+    }
+    *total = *total * shrink + s.sum(sum);
+    shrink
 }

@@ -1,22 +1,23 @@
 //! [`CpuBackend`]: the operators on the instruction set of the machine.
 
 use std::ops::Range;
-use std::sync::OnceLock;
 
 use jamba_core::backend::{Backend, CausalConv1d, Cols, Limits, Scratch, SelectiveScan, StatePart};
 use jamba_core::shape::{self, Shaped};
-use jamba_core::weights::{Moe, Weights};
-use jamba_core::{Batch, Config, Param, Result, WeightFormat, compose};
+use jamba_core::weights::{Mlp, Moe, Weights};
+use jamba_core::{Batch, Config, Error, Param, Precision, Result, WeightFormat, compose};
 
-use rayon::{ThreadPool, ThreadPoolBuilder};
-
+use crate::linear::Products;
 use crate::simd::Isa;
 use crate::state::State;
 use crate::tensor::{Tensor, View};
 use crate::weight::Weight;
-use crate::{attention, conv1d, elementwise, linear, moe, norm, scan};
+use crate::{attention, conv1d, elementwise, moe, norm, scan, team};
 
-/// The fast CPU path: rayon and SIMD, weights in their stored dtype and mapped where they are, or
+/// The environment variable that forces an instruction set.
+const ISA: &str = "JAMBA_CPU_ISA";
+
+/// The fast CPU path: SIMD on all cores, weights in their stored dtype and mapped where they are, or
 /// quantised ([`with_format`](Self::with_format)).
 ///
 /// A result does not depend on the number of threads, on how a prompt is cut into chunks, or on
@@ -34,14 +35,34 @@ use crate::{attention, conv1d, elementwise, linear, moe, norm, scan};
 /// the requests to an engine, rather than a `Mutex<Session>`.
 #[derive(Clone, Copy)]
 pub struct CpuBackend {
-    isa: Isa,
+    products: Products,
     format: WeightFormat,
+    /// Whether `JAMBA_CPU_ISA` asks for what this machine does not have.
+    impossible: bool,
 }
 
 impl CpuBackend {
-    /// A backend on the best instruction set that this machine has.
+    /// A backend on the best instruction set that this machine has, or the one that the environment
+    /// variable `JAMBA_CPU_ISA` names: `avx512bf16`, `avx512`, `avx2` or `portable`. If that is not
+    /// to be had, loading a model fails.
     pub fn new() -> Self {
-        Self { isa: Isa::detect(), format: WeightFormat::Stored }
+        let wanted = std::env::var_os(ISA).filter(|name| !name.is_empty());
+        let found = Isa::available().into_iter().find(|isa| match &wanted {
+            Some(name) => name == isa.name(),
+            None => true,
+        });
+        let isa = found.unwrap_or_else(Isa::portable);
+        Self { impossible: found.is_none(), ..Self::on(isa) }
+    }
+
+    fn on(isa: Isa) -> Self {
+        let products = Products { isa, precision: Precision::Bf16 };
+        Self { products, format: WeightFormat::Stored, impossible: false }
+    }
+
+    /// One backend for each instruction set that this machine has, best first.
+    pub fn all() -> Vec<Self> {
+        Isa::available().into_iter().map(Self::on).collect()
     }
 
     /// The same with weights kept in this format: quantised as they are loaded, by the threads of
@@ -51,26 +72,25 @@ impl CpuBackend {
         Self { format, ..self }
     }
 
-    /// One backend for each instruction set that this machine has, best first.
-    pub fn all() -> Vec<Self> {
-        let of = |isa| Self { isa, format: WeightFormat::Stored };
-        Isa::available().into_iter().map(of).collect()
+    /// Sets the precision of products with matrices stored in bf16. With [`Precision::Bf16`], the
+    /// default, activations are rounded to bf16 where the instruction set multiplies it
+    /// (`avx512bf16`), and sums are f32; with [`Precision::F32`] they stay f32. The others, and
+    /// matrices stored as f16 or f32, are multiplied with f32 in either.
+    #[must_use]
+    pub fn with_precision(mut self, precision: Precision) -> Self {
+        self.products.precision = precision;
+        self
     }
 
-    /// The instruction set: `avx512`, `avx2` or `portable`.
+    /// The precision of products: [`Precision::F32`] where the instruction set has no other.
+    pub fn precision(&self) -> Precision {
+        if self.products.isa.has_bf16() { self.products.precision } else { Precision::F32 }
+    }
+
+    /// The instruction set: `avx512bf16`, `avx512`, `avx2` or `portable`.
     pub fn isa(&self) -> &'static str {
-        self.isa.name()
+        self.products.isa.name()
     }
-}
-
-/// The pool of the backends; none for a thread that is of a pool, or where threads cannot be had.
-fn pool() -> Option<&'static ThreadPool> {
-    static POOL: OnceLock<Option<ThreadPool>> = OnceLock::new();
-    if rayon::current_thread_index().is_some() {
-        return None;
-    }
-    let name = |index| format!("jamba-cpu-{index}");
-    POOL.get_or_init(|| ThreadPoolBuilder::new().thread_name(name).build().ok()).as_ref()
 }
 
 impl Default for CpuBackend {
@@ -81,7 +101,8 @@ impl Default for CpuBackend {
 
 impl std::fmt::Debug for CpuBackend {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "CpuBackend({}, weights {})", self.isa(), self.format)
+        let (isa, precision) = (self.isa(), self.precision());
+        write!(f, "CpuBackend({isa}, {precision}, weights {})", self.format)
     }
 }
 
@@ -99,6 +120,12 @@ impl Backend for CpuBackend {
     }
 
     fn upload(&self, param: Param) -> Result<Weight> {
+        if self.impossible {
+            let names = Isa::available().into_iter().map(Isa::name).collect::<Vec<_>>().join(", ");
+            let wanted = std::env::var_os(ISA).unwrap_or_default();
+            let what = format!("{ISA}={}: this machine has {names}", wanted.display());
+            return Err(Error::Unsupported { backend: "cpu", what });
+        }
         Weight::new(param, self.format)
     }
 
@@ -224,17 +251,14 @@ impl Backend for CpuBackend {
         let bias = bias.map(Weight::vector).transpose()?;
         let x = View::from(&x);
         let out = out.resize("linear", x.rows)?;
-        linear::linear(self.isa, x, weight, (0, weight.shape()[0]), bias, out)
+        self.products.linear(x, weight, bias, out)
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Weight, eps: f32, out: &mut Tensor) -> Result<()> {
         shape::rms_norm(x, weight, out)?;
-        let [rows, cols] = x.shape();
         let weight = weight.vector()?;
-        let out = out.resize("rms_norm", rows)?.chunks_exact_mut(cols);
-        for (x, out) in x.values().chunks_exact(cols).zip(out) {
-            norm::rms_norm(self.isa, x, weight, eps, out);
-        }
+        let out = out.resize("rms_norm", x.shape()[0])?;
+        norm::rms_norm(self.products.isa, x.values(), weight, eps, out);
         Ok(())
     }
 
@@ -248,9 +272,7 @@ impl Backend for CpuBackend {
         shape::rms_norm_cols(x, &cols, weight)?;
         let stride = x.shape()[1];
         let weight = weight.vector()?;
-        for row in x.values_mut().chunks_exact_mut(stride) {
-            norm::rms_norm_in_place(self.isa, &mut row[cols.clone()], weight, eps);
-        }
+        norm::rms_norm_cols(self.products.isa, x.values_mut(), stride, cols, weight, eps);
         Ok(())
     }
 
@@ -264,7 +286,7 @@ impl Backend for CpuBackend {
         shape::silu_mul(gate_up, out)?;
         let n = out.shape()[1];
         let out = out.resize("silu_mul", gate_up.shape()[0])?;
-        elementwise::silu_mul(self.isa, gate_up.values(), n, out);
+        elementwise::silu_mul_halves(self.products.isa, gate_up.values(), n, out);
         Ok(())
     }
 
@@ -284,7 +306,7 @@ impl Backend for CpuBackend {
             bias: args.bias.map(Weight::vector).transpose()?,
         };
         let out = out.resize("causal_conv1d", tokens)?;
-        conv1d::causal_conv1d(self.isa, &operands, batch, &mut conv.values, out);
+        conv1d::causal_conv1d(self.products.isa, &operands, batch, &mut conv.values, out);
         Ok(())
     }
 
@@ -309,7 +331,7 @@ impl Backend for CpuBackend {
             dt_bias: args.dt_bias.vector()?,
         };
         let y = y.resize("selective_scan", tokens)?;
-        scan::selective_scan(self.isa, &operands, batch, &mut ssm.values, y);
+        scan::selective_scan(self.products.isa, &operands, batch, &mut ssm.values, y);
         Ok(())
     }
 
@@ -326,7 +348,7 @@ impl Backend for CpuBackend {
         shape::attention(qkv, tokens, heads * head_dim, kv_heads * head_dim, out)?;
         let out = out.resize("attention", tokens)?;
         let qkv = View::new(qkv.values(), qkv.shape()[1]);
-        attention::attention(self.isa, qkv, batch, cache, out);
+        attention::attention(self.products.isa, qkv, batch, cache, out);
         Ok(())
     }
 
@@ -342,7 +364,7 @@ impl Backend for CpuBackend {
         let out = out.resize("moe_experts", x.shape()[0])?;
         let x = View::new(x.values(), x.shape()[1]);
         let logits = View::new(router_logits.values(), router_logits.shape()[1]);
-        moe::moe_experts(self.isa, x, logits, weights, (top_k, inter), out)
+        moe::moe_experts(self.products, x, logits, weights, (top_k, inter), out)
     }
 
     fn output_rows(&self, x: &Tensor, state: &State, out: &mut Tensor) -> Result<()> {
@@ -356,6 +378,17 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn mlp(&self, weights: &Mlp<Weight>, scratch: &mut Scratch<Tensor>) -> Result<()> {
+        let Scratch { normed, gate_up, act, block_out, .. } = scratch;
+        shape::linear(&compose::all(self, normed), &weights.gate_up_proj, None, gate_up)?;
+        shape::silu_mul(gate_up, act)?;
+        shape::linear(&compose::all(self, act), &weights.down_proj, None, block_out)?;
+        let rows = normed.shape()[0];
+        let act = act.resize("silu_mul", rows)?;
+        let out = block_out.resize("linear", rows)?;
+        moe::mlp(self.products, View::from(&compose::all(self, normed)), weights, act, out)
+    }
+
     fn forward(
         &self,
         config: &Config,
@@ -363,10 +396,6 @@ impl Backend for CpuBackend {
         scratch: &mut Scratch<Tensor>,
         state: &mut State,
     ) -> Result<()> {
-        // One entry into the pool for the step, instead of one for each operator.
-        match pool() {
-            Some(pool) => pool.install(|| compose::forward(self, config, weights, scratch, state)),
-            None => rayon::scope(|_| compose::forward(self, config, weights, scratch, state)),
-        }
+        team::lead(|| compose::forward(self, config, weights, scratch, state))
     }
 }

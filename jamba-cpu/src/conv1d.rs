@@ -8,9 +8,9 @@ use crate::tensor::View;
 use crate::weight::PAD;
 
 /// Channels that one task works on.
-const BLOCK: usize = 256;
-/// Multiply-adds below which threads are not worth waking.
-const PARALLEL: usize = 1 << 17;
+const BLOCK: usize = 128;
+/// Multiply-adds below which a second thread is no gain.
+const PARALLEL: usize = 1 << 15;
 
 /// Operands: x `(tokens, d_inner)`, weight `(d_conv, padded d_inner)`, bias `(d_inner)`.
 pub(crate) struct Operands<'a> {
@@ -76,7 +76,8 @@ fn block<S: Simd>(
             }
             for j in 0..context {
                 let kept = input(state, run.len + j);
-                s.store_partial(kept, &mut state.row(slot + j)[c..c + width]);
+                let to = &mut state.row(slot + j)[c..c + width];
+                if width == S::LANES { s.store(kept, to) } else { s.store_partial(kept, to) }
             }
             first += run.len;
         }

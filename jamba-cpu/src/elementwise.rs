@@ -1,18 +1,39 @@
 //! Sums and products element by element.
 
+use crate::simd::columns::{Block, for_each_rows};
 use crate::simd::{Isa, Simd, silu, with_simd};
+
+/// Elements below which a second thread is no gain.
+const PARALLEL: usize = 1 << 15;
 
 /// `x += y`.
 pub(crate) fn add_assign(x: &mut [f32], y: &[f32]) {
-    x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
+    let parallel = x.len() >= PARALLEL;
+    for_each_rows(x, 1, PARALLEL / 4, parallel, |first, x| {
+        x.iter_mut().zip(&y[first..]).for_each(|(x, y)| *x += y);
+    });
 }
 
 /// `out (rows, n) = silu(gate) * up` where `gate_up (rows, 2n) = [gate | up]`.
-pub(crate) fn silu_mul(isa: Isa, gate_up: &[f32], n: usize, out: &mut [f32]) {
+pub(crate) fn silu_mul_halves(isa: Isa, gate_up: &[f32], n: usize, out: &mut [f32]) {
+    let parallel = out.len() >= PARALLEL;
+    for_each_rows(out, n, (PARALLEL / 4 / n.max(1)).max(1), parallel, |first, out| {
+        let gate_up = gate_up[first * 2 * n..].chunks_exact(2 * n);
+        with_simd!(isa, s => {
+            for (gate_up, out) in gate_up.zip(out.chunks_exact_mut(n)) {
+                let (gate, up) = gate_up.split_at(n);
+                silu_mul_row(s, gate, up, out);
+            }
+        });
+    });
+}
+
+/// `out = silu(gate) * up`, gate and up in rows of as many columns as `out` has.
+pub(crate) fn silu_mul(isa: Isa, gate: &[f32], up: &[f32], out: &mut Block<'_>) {
+    let n = out.cols().len();
     with_simd!(isa, s => {
-        for (gate_up, out) in gate_up.chunks_exact(2 * n).zip(out.chunks_exact_mut(n)) {
-            let (gate, up) = gate_up.split_at(n);
-            silu_mul_row(s, gate, up, out);
+        for (row, (gate, up)) in gate.chunks_exact(n).zip(up.chunks_exact(n)).enumerate() {
+            silu_mul_row(s, gate, up, out.row(row));
         }
     });
 }

@@ -11,11 +11,13 @@ mod elementwise;
 mod linear;
 mod moe;
 mod norm;
+mod packed;
 mod probe;
 pub mod reference;
 mod scan;
 mod simd;
 mod state;
+mod team;
 mod tensor;
 mod weight;
 

@@ -1,166 +1,419 @@
 //! Matrix products, `y = x W^T + b`.
 //!
-//! Both operands have their sum index contiguous, so that a tile of M rows of x and N rows of W
-//! is M * N dot products that share their loads: no packing, and W is read in its stored dtype.
-//! Each output is one chain of fused multiply-adds whatever the tile: a row's result does not
-//! depend on which other rows are in the batch.
+//! Both operands have their sum index contiguous, so that a tile of rows of x and of W is a number
+//! of dot products that share their loads: no packing, and W is read where it is stored, once for
+//! all rows of x.
 
-use crate::simd::columns::{Block, Columns, for_each};
-use crate::simd::{Element, Isa, Simd, with_simd};
+use std::cell::Cell;
+use std::marker::PhantomData;
+
+use half::bf16;
+use jamba_core::quant::BLOCK;
+use jamba_core::shape::Shaped;
+use jamba_core::{Packing, Precision, Result};
+
+use crate::packed::{ActivationRow, Activations, PackedRows};
+use crate::simd::columns::{Block, Columns, for_each, for_each_rows};
+use crate::simd::dots::{Ahead, Dots, TILE_N, Widened, tile};
+use crate::simd::int8;
+#[cfg(target_arch = "x86_64")]
+use crate::simd::int8::tile_vnni;
+use crate::simd::{Isa, with_simd};
 use crate::tensor::View;
 use crate::weight::{Rows, Weight};
 
-/// Rows of W that one task works on.
-const BLOCK_N: usize = 32;
-/// Rows of x that stay in the second-level cache while a task passes through its rows of W.
-const BLOCK_M: usize = 64;
-/// Multiply-adds below which threads are not worth waking.
-const PARALLEL: usize = 1 << 19;
+/// Multiply-adds below which a second thread is no gain.
+pub(crate) const PARALLEL: usize = 1 << 17;
+/// Bytes of W that one task works on, which stay in the second-level cache.
+const TASK: usize = 256 << 10;
+/// Bytes of x that stay there while a task passes through its rows of W.
+const PANEL: usize = 384 << 10;
 
-/// `out (x.rows, len) = x * W[start..start + len]^T + bias`.
-pub(crate) fn linear(
-    isa: Isa,
-    x: View<'_>,
-    weight: &Weight,
-    (start, len): (usize, usize),
-    bias: Option<&[f32]>,
-    out: &mut [f32],
-) -> jamba_core::Result<()> {
-    // Fails before any thread starts if the weight is not a matrix.
-    weight.pieces(0, 0, |_, _| ())?;
-    let parallel = x.rows * x.cols * len >= PARALLEL;
-    for_each([Columns::new(out, len, len, BLOCK_N)], parallel, |[mut block]| {
-        let cols = block.cols();
-        let bias = bias.map(|b| &b[cols.clone()]);
-        let done = weight.pieces(start + cols.start, cols.len(), |at, rows| match rows {
-            Rows::F32(w) => with_simd!(isa, s => products(s, x, w, bias, &mut block, at)),
-            Rows::F16(w) => with_simd!(isa, s => products(s, x, w, bias, &mut block, at)),
-            Rows::Bf16(w) => with_simd!(isa, s => products(s, x, w, bias, &mut block, at)),
-            // Eight rows at a time become f32: what the tiles of one token take.
-            Rows::Packed(weights, rows) => {
-                let mut tile = vec![0.0; 8 * x.cols];
-                for first in rows.clone().step_by(8) {
-                    let some = first..rows.end.min(first + 8);
-                    let (tile, at) = (&mut tile[..some.len() * x.cols], at + first - rows.start);
-                    Rows::Packed(weights, some).widen(tile);
-                    with_simd!(isa, s => products(s, x, tile, bias, &mut block, at));
+/// How products are computed.
+#[derive(Clone, Copy)]
+pub(crate) struct Products {
+    pub(crate) isa: Isa,
+    pub(crate) precision: Precision,
+}
+
+/// Activations that are to be multiplied, in the forms that the kernels want.
+#[derive(Clone, Copy)]
+pub(crate) struct Operand<'a> {
+    f32: View<'a>,
+    bf16: Option<View<'a, bf16>>,
+    int8: Option<Rounded<'a>>,
+}
+
+/// Rows rounded to int8; of all rows those of `index`, from number `first` on.
+#[derive(Clone, Copy)]
+struct Rounded<'a> {
+    all: &'a Activations,
+    index: Option<&'a [usize]>,
+    first: usize,
+}
+
+impl<'a> Rounded<'a> {
+    #[inline(always)]
+    fn row(&self, row: usize) -> ActivationRow<'a> {
+        self.all.row(self.first + self.index.map_or(row, |index| index[row]))
+    }
+}
+
+impl<'a> Operand<'a> {
+    /// Of all rows these, in this order.
+    pub(crate) fn select(self, index: &'a [usize]) -> Self {
+        Self {
+            f32: self.f32.select(index),
+            bf16: self.bf16.map(|x| x.select(index)),
+            int8: self.int8.map(|x| Rounded { index: Some(index), ..x }),
+        }
+    }
+
+    /// The rows in this range.
+    pub(crate) fn range(self, rows: std::ops::Range<usize>) -> Self {
+        Self {
+            f32: self.f32.range(rows.clone()),
+            bf16: self.bf16.map(|x| x.range(rows.clone())),
+            int8: self.int8.map(|x| Rounded { first: x.first + rows.start, ..x }),
+        }
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.f32.rows
+    }
+}
+
+impl Products {
+    /// Calls `f` with x in the form in which it is multiplied with `weight`.
+    pub(crate) fn prepare<R>(
+        self,
+        x: View<'_>,
+        weight: &Weight,
+        f: impl FnOnce(Operand<'_>) -> R,
+    ) -> R {
+        thread_local! {
+            // Taken out while it is used: another session may run on this thread meanwhile.
+            static ROUNDED: Cell<Vec<bf16>> = const { Cell::new(Vec::new()) };
+            static INTEGERS: Cell<Activations> = Cell::default();
+        }
+        match self.isa {
+            _ if self.precision == Precision::Bf16 && weight.is_packed() => {
+                let mut all = INTEGERS.take();
+                all.resize(x.rows, x.cols);
+                all.round(self.isa, x.rows, x.rows * x.cols >= PARALLEL / 4, |r| x.row(r));
+                let int8 = Some(Rounded { all: &all, index: None, first: 0 });
+                let result = f(Operand { f32: x, bf16: None, int8 });
+                INTEGERS.set(all);
+                result
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16(s) if self.precision == Precision::Bf16 && weight.has_bf16() => {
+                let mut buffer = ROUNDED.take();
+                // Rows begin on a cache line.
+                let stride = x.cols.next_multiple_of(32);
+                let len = x.rows * stride;
+                if buffer.len() < len + 31 {
+                    buffer.resize(len + 31, bf16::ZERO);
+                }
+                let start = buffer.as_ptr().align_offset(64).min(31);
+                let rounded = &mut buffer[start..start + len];
+                for_each_rows(rounded, stride, 16, len >= PARALLEL, |first, rows| {
+                    for (r, to) in rows.chunks_exact_mut(stride).enumerate() {
+                        s.round(x.row(first + r), &mut to[..x.cols]);
+                    }
+                });
+                let bf16 = Some(View::padded(&*rounded, stride, x.cols));
+                let result = f(Operand { f32: x, bf16, int8: None });
+                ROUNDED.set(buffer);
+                result
+            }
+            _ => f(Operand { f32: x, bf16: None, int8: None }),
+        }
+    }
+
+    /// `out (x.rows, n) = x * W^T + bias`.
+    pub(crate) fn linear(
+        self,
+        x: View<'_>,
+        weight: &Weight,
+        bias: Option<&[f32]>,
+        out: &mut [f32],
+    ) -> Result<()> {
+        weight.check_matrix()?;
+        let [n, k] = weight.shape();
+        let parallel = x.rows * k * n >= PARALLEL;
+        self.prepare(x, weight, |x| {
+            let out = Columns::new(out, n, n, task_rows(k, n));
+            for_each([out], parallel, |[mut block]| {
+                let cols = block.cols();
+                self.products(x, weight, cols.start, &mut block);
+                if let Some(bias) = bias {
+                    for m in 0..x.rows() {
+                        let out = block.row(m).iter_mut();
+                        out.zip(&bias[cols.clone()]).for_each(|(out, b)| *out += b);
+                    }
+                }
+            });
+        });
+        Ok(())
+    }
+
+    /// The products of all rows of x with as many rows of W as `out` has columns, from `start` on.
+    pub(crate) fn products(
+        self,
+        x: Operand<'_>,
+        weight: &Weight,
+        start: usize,
+        out: &mut Block<'_>,
+    ) {
+        let isa = self.isa;
+        let len = out.cols().len();
+        let done = weight.pieces(start, len, |at, rows| match (isa, x.bf16, rows) {
+            (_, _, Rows::Packed(weights, rows)) if let Some(int8) = x.int8 => {
+                let weights = weights.rows(rows);
+                match isa {
+                    #[cfg(target_arch = "x86_64")]
+                    Isa::Avx512Bf16(d) => d.vectorize(
+                        #[inline(always)]
+                        || blocked_vnni(d, int8, x.rows(), weights, out, at),
+                    ),
+                    _ => with_simd!(isa, _s => {
+                        blocked_int8(int8, x.rows(), weights, out, at)
+                    }),
                 }
             }
+            // A few rows at a time become f32.
+            (_, _, Rows::Packed(weights, rows)) => {
+                let mut tile = vec![0.0; TILE_N * x.f32.cols];
+                for first in rows.clone().step_by(TILE_N) {
+                    let some = first..rows.end.min(first + TILE_N);
+                    let tile = &mut tile[..some.len() * x.f32.cols];
+                    Rows::Packed(weights, some).widen(tile);
+                    with_simd!(isa, s => {
+                        let dots = Widened::<_, f32>(s, PhantomData);
+                        blocked(dots, x.f32, tile, out, at + first - rows.start)
+                    });
+                }
+            }
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512Bf16(d), Some(x), Rows::Bf16(w)) => d.vectorize(
+                #[inline(always)]
+                || blocked(d, x, w, out, at),
+            ),
+            (_, _, Rows::F32(w)) => with_simd!(isa, s => {
+                blocked(Widened(s, PhantomData), x.f32, w, out, at)
+            }),
+            (_, _, Rows::F16(w)) => with_simd!(isa, s => {
+                blocked(Widened(s, PhantomData), x.f32, w, out, at)
+            }),
+            (_, _, Rows::Bf16(w)) => with_simd!(isa, s => {
+                blocked(Widened(s, PhantomData), x.f32, w, out, at)
+            }),
         });
         debug_assert!(done.is_ok());
-    });
-    Ok(())
+    }
 }
 
-/// All products of the rows of x with some rows of W, into the columns of `block` from `at` on.
+/// Rows of W that one task works on: enough tasks for the threads to end at the same time.
+pub(crate) fn task_rows(k: usize, n: usize) -> usize {
+    let most = (TASK / (2 * k.max(1))).clamp(16, 64);
+    most.min(n.div_ceil(8)).next_multiple_of(TILE_N).max(16)
+}
+
+/// All products of the rows of x with some rows of W, into the columns of `out` from `at` on.
 #[inline(always)]
-fn products<S: Simd, E: Element>(
-    s: S,
-    x: View<'_>,
-    w: &[E],
-    bias: Option<&[f32]>,
-    block: &mut Block<'_>,
-    at: usize,
-) {
+fn blocked<D: Dots>(d: D, x: View<'_, D::X>, w: &[D::W], out: &mut Block<'_>, at: usize) {
     let k = x.cols;
     let n = w.len().checked_div(k).unwrap_or(0);
-    let row = |j: usize| &w[j * k..(j + 1) * k];
-    let mut put = |m: usize, j: usize, sums: &[f32]| {
-        let to = &mut block.row(m)[at + j..at + j + sums.len()];
-        to.copy_from_slice(sums);
-        if let Some(bias) = bias {
-            to.iter_mut().zip(&bias[at + j..]).for_each(|(to, b)| *to += b);
-        }
-    };
-    if x.rows == 1 {
-        let mut j = 0;
-        while j + 8 <= n {
-            let [sums] = tile(s, [x.row(0)], std::array::from_fn::<_, 8, _>(|i| row(j + i)));
-            put(0, j, &sums);
-            j += 8;
-        }
-        while j < n {
-            let [sums] = tile(s, [x.row(0)], [row(j)]);
-            put(0, j, &sums);
-            j += 1;
-        }
-        return;
-    }
-    for m0 in (0..x.rows).step_by(BLOCK_M) {
-        let m1 = (m0 + BLOCK_M).min(x.rows);
-        let mut j = 0;
-        while j < n {
-            let four = j + 4 <= n;
+    let panel = (PANEL / (k * size_of::<D::X>()).max(1)).max(D::TILE_M);
+    let panel = panel.min(x.rows).next_multiple_of(D::TILE_M);
+    for m0 in (0..x.rows).step_by(panel.max(1)) {
+        let end = (m0 + panel).min(x.rows);
+        for j in (0..n).step_by(TILE_N) {
+            let width = TILE_N.min(n - j);
+            // Past the last row it stands in for those that are not there.
+            let row = |i: usize| &w[(j + i).min(n - 1) * k..][..k];
+            let w = [row(0), row(1), row(2), row(3)];
             let mut m = m0;
-            while m < m1 {
-                if four && m + 4 <= m1 && S::TILE_M == 4 {
-                    let rows = std::array::from_fn::<_, 4, _>(|i| x.row(m + i));
-                    let sums = tile(s, rows, std::array::from_fn::<_, 4, _>(|i| row(j + i)));
-                    (0..4).for_each(|i| put(m + i, j, &sums[i]));
-                    m += 4;
-                } else if four && m + 2 <= m1 {
-                    let rows = [x.row(m), x.row(m + 1)];
-                    let sums = tile(s, rows, std::array::from_fn::<_, 4, _>(|i| row(j + i)));
-                    (0..2).for_each(|i| put(m + i, j, &sums[i]));
-                    m += 2;
-                } else if four {
-                    let [sums] =
-                        tile(s, [x.row(m)], std::array::from_fn::<_, 4, _>(|i| row(j + i)));
-                    put(m, j, &sums);
-                    m += 1;
-                } else {
-                    let [sums] = tile(s, [x.row(m)], [row(j)]);
-                    put(m, j, &sums);
-                    m += 1;
-                }
+            let next = w[0].as_ptr().wrapping_add(TILE_N * k);
+            let tiles = (end - m0).div_ceil(D::TILE_M);
+            let mut turn = 0;
+            macro_rules! tiles {
+                ($rows:literal) => {
+                    while end - m >= $rows && $rows <= D::TILE_M {
+                        let mut rows = [&[][..]; $rows];
+                        turn += 1;
+                        for (i, row) in rows.iter_mut().enumerate() {
+                            *row = x.row(m + i);
+                        }
+                        let sums = tile::<D, $rows>(d, rows, w, Some(Ahead { next, tiles, turn }));
+                        for (i, sums) in sums.iter().enumerate() {
+                            out.row(m + i)[at + j..at + j + width].copy_from_slice(&sums[..width]);
+                        }
+                        m += $rows;
+                    }
+                };
             }
-            j += if four { 4 } else { 1 };
+            tiles!(6);
+            tiles!(4);
+            tiles!(2);
+            tiles!(1);
         }
     }
 }
 
-/// The M * N dot products of rows of x and rows of W, all of the same length.
+/// All products with some quantised rows of W, into the columns of `out` from `at` on.
+#[cfg(target_arch = "x86_64")]
 #[inline(always)]
-pub(crate) fn tile<S: Simd, E: Element, const M: usize, const N: usize>(
-    s: S,
-    x: [&[f32]; M],
-    w: [&[E]; N],
-) -> [[f32; N]; M] {
-    let k = x[0].len();
-    let full = k - k % S::LANES;
-    let mut sums = [[s.splat(0.0); N]; M];
-    let mut i = 0;
-    while i < full {
-        let mut loaded = [s.splat(0.0); N];
-        for n in 0..N {
-            loaded[n] = E::load(s, &w[n][i..i + S::LANES]);
-        }
-        for m in 0..M {
-            let x = s.load(&x[m][i..i + S::LANES]);
-            for n in 0..N {
-                sums[m][n] = s.fma(x, loaded[n], sums[m][n]);
+fn blocked_vnni(
+    isa: crate::simd::Avx512Bf16,
+    x: Rounded<'_>,
+    rows: usize,
+    w: PackedRows<'_>,
+    out: &mut Block<'_>,
+    at: usize,
+) {
+    let n = w.quants.len().checked_div(w.stride()).unwrap_or(0);
+    // Rows of x that stay in the second-level cache.
+    let panel = (PANEL / (w.blocks * BLOCK).max(1)).max(1).next_multiple_of(4);
+    macro_rules! tiles {
+        ($m:literal, $n:literal, $j:ident, $from:ident, $to:expr) => {
+            while $to - $from >= $m {
+                let mut of_x = [x.row($from); $m];
+                for (i, of_x) in of_x.iter_mut().enumerate() {
+                    *of_x = x.row($from + i);
+                }
+                let mut of_w = [$j; $n];
+                for (i, of_w) in of_w.iter_mut().enumerate() {
+                    // Past the last row it stands in for those that are not there.
+                    *of_w = ($j + i).min(n - 1);
+                }
+                let ahead = if $from == 0 { $n * w.stride() } else { 0 };
+                let sums = if w.packing == Packing::Int4Block {
+                    tile_vnni::<$m, $n, true>(isa, of_x, w, of_w, ahead)
+                } else {
+                    tile_vnni::<$m, $n, false>(isa, of_x, w, of_w, ahead)
+                };
+                let width = $n.min(n - $j);
+                for (i, sums) in sums.iter().enumerate() {
+                    out.row($from + i)[at + $j..at + $j + width].copy_from_slice(&sums[..width]);
+                }
+                $from += $m;
+            }
+        };
+    }
+    for first in (0..rows).step_by(panel) {
+        let end = (first + panel).min(rows);
+        let wide = if rows == 1 { 4 } else { 2 };
+        for j in (0..n).step_by(wide) {
+            let mut m = first;
+            if rows == 1 {
+                tiles!(1, 4, j, m, end);
+            } else {
+                tiles!(4, 2, j, m, end);
+                tiles!(2, 2, j, m, end);
+                tiles!(1, 2, j, m, end);
             }
         }
-        i += S::LANES;
     }
-    if full < k {
-        let mut loaded = [s.splat(0.0); N];
-        for n in 0..N {
-            loaded[n] = E::load_partial(s, &w[n][full..k]);
+}
+
+/// As [`blocked_vnni`], on any machine.
+#[inline(always)]
+fn blocked_int8(x: Rounded<'_>, rows: usize, w: PackedRows<'_>, out: &mut Block<'_>, at: usize) {
+    let n = w.quants.len().checked_div(w.stride()).unwrap_or(0);
+    for j in 0..n {
+        for m in 0..rows {
+            let [[sum]] = int8::tile([x.row(m)], w, [j]);
+            out.row(m)[at + j] = sum;
         }
-        for m in 0..M {
-            let x = s.load_partial(&x[m][full..k]);
-            for n in 0..N {
-                sums[m][n] = s.fma(x, loaded[n], sums[m][n]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use jamba_core::{Dtype, HostTensor, Param, Role, WeightFormat};
+
+    use super::*;
+    use crate::packed::{GROUP, LANES, STEP};
+
+    fn values(n: usize, seed: usize) -> Vec<f32> {
+        (0..n).map(|i| ((i * 7919 + seed * 31) % 1009) as f32 / 504.0 - 1.0).collect()
+    }
+
+    fn weight([n, k]: [usize; 2], dtype: Dtype, format: WeightFormat) -> Weight {
+        let bits = values(n * k, 1).into_iter().map(|v| bf16::from_f32(v).to_bits()).collect();
+        let tensor = match dtype {
+            Dtype::F32 => HostTensor::from_f32(vec![n, k], values(n * k, 1)),
+            dtype => HostTensor::from_halves(dtype, vec![n, k], bits),
+        };
+        Weight::new(Param::new("w", Role::Mlp, tensor), format).unwrap()
+    }
+
+    /// What activations are after rounding to int8.
+    fn rounded(x: &[f32], k: usize) -> Vec<f64> {
+        let mut all = Activations::default();
+        all.resize(x.len() / k, k);
+        all.round(Isa::portable(), x.len() / k, false, |r| &x[r * k..(r + 1) * k]);
+        let value = |i: usize| {
+            let (row, i) = (all.row(i / k), i % k);
+            let (group, b, at) = (i / GROUP, i / 32 % LANES, i % 32);
+            let q = row.quants[group][at / STEP * LANES * STEP + b * STEP + at % STEP];
+            f64::from(q) * f64::from(row.scales[group][b])
+        };
+        (0..x.len()).map(value).collect()
+    }
+
+    #[test]
+    fn quantised_products_are_exact_but_for_f32_and_do_not_depend_on_the_batch() {
+        use WeightFormat::{ExpertsInt8, Int4, Int8};
+        for isa in Isa::available() {
+            let products = Products { isa, precision: Precision::Bf16 };
+            for format in [ExpertsInt8, Int8, Int4] {
+                for [n, k] in [[1, 1], [3, 32], [9, 100], [5, 512], [7, 600], [6, 1024]] {
+                    let weight = weight([n, k], Dtype::F32, format);
+                    let mut w = vec![0.0; n * k];
+                    weight.pieces(0, n, |_, rows| rows.widen(&mut w)).unwrap();
+                    let x = values(9 * k, 5);
+                    let expected = rounded(&x, k);
+                    let mut out = vec![0.0; 9 * n];
+                    products.linear(View::new(&x, k), &weight, None, &mut out).unwrap();
+                    for (i, got) in out.iter().enumerate() {
+                        let (x, w) = (&expected[i / n * k..][..k], &w[i % n * k..][..k]);
+                        let sum: f64 = x.iter().zip(w).map(|(x, w)| x * f64::from(*w)).sum();
+                        let error = (sum - f64::from(*got)).abs();
+                        let name = isa.name();
+                        assert!(
+                            error < 2e-6 * k as f64,
+                            "{name} {format} {n}x{k}: {got} not {sum}"
+                        );
+                    }
+                    for m in 0..9 {
+                        let mut alone = vec![0.0; n];
+                        let row = View::new(&x[m * k..(m + 1) * k], k);
+                        products.linear(row, &weight, None, &mut alone).unwrap();
+                        assert_eq!(alone, out[m * n..(m + 1) * n], "{} {format}", isa.name());
+                    }
+                }
             }
         }
     }
-    // Loops, because closures given to `array::map` are compiled for the plain instruction set.
-    let mut out = [[0.0; N]; M];
-    for (out, sums) in out.iter_mut().zip(sums) {
-        for (out, sum) in out.iter_mut().zip(sums) {
-            *out = s.sum(sum);
+
+    #[test]
+    fn products_of_bf16_round_activations_once() {
+        for isa in Isa::available() {
+            let of = |precision| Products { isa, precision };
+            let (n, k) = (7, 133);
+            let weight = weight([n, k], Dtype::Bf16, WeightFormat::Stored);
+            let x = values(5 * k, 5);
+            let near: Vec<f32> = x.iter().map(|v| bf16::from_f32(*v).to_f32()).collect();
+            let (mut a, mut b) = (vec![0.0; 5 * n], vec![0.0; 5 * n]);
+            of(Precision::Bf16).linear(View::new(&x, k), &weight, None, &mut a).unwrap();
+            let x = if isa.has_bf16() { &near } else { &x };
+            of(Precision::F32).linear(View::new(x, k), &weight, None, &mut b).unwrap();
+            for (a, b) in a.iter().zip(&b) {
+                assert!((a - b).abs() < 1e-4, "{}: {a} not {b}", isa.name());
+            }
         }
     }
-    out
 }

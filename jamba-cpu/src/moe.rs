@@ -1,13 +1,36 @@
-//! Routed experts: tokens grouped by expert, one pass over each expert that any token uses.
+//! Feed-forward blocks, SwiGLU: one for all tokens, or routed experts with tokens grouped by
+//! expert, one pass over each expert that any token uses.
+
+use std::cell::Cell;
 
 use jamba_core::Result;
-use jamba_core::weights::Moe;
+use jamba_core::shape::Shaped;
+use jamba_core::weights::{Mlp, Moe};
 
 use crate::elementwise::silu_mul;
-use crate::linear::linear;
-use crate::simd::Isa;
+use crate::linear::{PARALLEL, Products, task_rows};
+use crate::simd::columns::{Block, Columns, for_each_group, for_each_rows};
 use crate::tensor::View;
 use crate::weight::Weight;
+
+/// What a step needs for its routed tokens, kept by each thread for the next.
+#[derive(Default)]
+struct Buffers {
+    uses: Vec<Use>,
+    /// Token of each use.
+    tokens: Vec<usize>,
+    /// Expert of each group, and where in the uses it ends.
+    experts: Vec<usize>,
+    ends: Vec<usize>,
+    /// For each token and each of its experts, the use, by index of the expert.
+    of_token: Vec<usize>,
+    /// Uses of each token that were found.
+    seen: Vec<usize>,
+    /// `(uses, inter)`.
+    act: Vec<f32>,
+    /// `(uses, hidden)`.
+    y: Vec<f32>,
+}
 
 /// A token that uses an expert, and the weight that it gives it.
 #[derive(Clone, Copy)]
@@ -20,42 +43,129 @@ struct Use {
 /// `out (tokens, hidden)`: see [`Backend::moe_experts`](jamba_core::Backend::moe_experts). A
 /// token's experts are added in the order of their index.
 pub(crate) fn moe_experts(
-    isa: Isa,
+    products: Products,
     x: View<'_>,
     router_logits: View<'_>,
     weights: &Moe<Weight>,
     (top_k, inter): (usize, usize),
     out: &mut [f32],
 ) -> Result<()> {
+    thread_local! {
+        // Taken out while they are used: another session may run on this thread meanwhile.
+        static BUFFERS: Cell<Buffers> = Cell::default();
+    }
+    weights.gate_up_proj.check_matrix()?;
+    weights.down_proj.check_matrix()?;
     let hidden = x.cols;
-    let mut uses = Vec::with_capacity(x.rows * top_k);
+    let mut buffers = BUFFERS.take();
+    let Buffers { uses, tokens, experts, ends, of_token, seen, act, y } = &mut buffers;
+    uses.clear();
     for token in 0..x.rows {
         route(router_logits.row(token), top_k, |expert, p| uses.push(Use { expert, token, p }));
     }
     uses.sort_unstable_by_key(|u| (u.expert, u.token));
-
-    out.fill(0.0);
-    let (mut gathered, mut gate_up, mut act, mut y) = (vec![], vec![], vec![], vec![]);
+    tokens.clear();
+    tokens.extend(uses.iter().map(|u| u.token));
+    experts.clear();
+    ends.clear();
     for group in uses.chunk_by(|a, b| a.expert == b.expert) {
-        let (n, expert) = (group.len(), group[0].expert);
-        gathered.clear();
-        group.iter().for_each(|u| gathered.extend_from_slice(x.row(u.token)));
-        gate_up.resize(n * 2 * inter, 0.0);
-        act.resize(n * inter, 0.0);
-        y.resize(n * hidden, 0.0);
-
-        let rows = (expert * 2 * inter, 2 * inter);
-        linear(isa, View::new(&gathered, hidden), &weights.gate_up_proj, rows, None, &mut gate_up)?;
-        silu_mul(isa, &gate_up, inter, &mut act);
-        let rows = (expert * hidden, hidden);
-        linear(isa, View::new(&act, inter), &weights.down_proj, rows, None, &mut y)?;
-
-        for (u, y) in group.iter().zip(y.chunks_exact(hidden)) {
-            let out = &mut out[u.token * hidden..(u.token + 1) * hidden];
-            out.iter_mut().zip(y).for_each(|(out, y)| *out += u.p * y);
-        }
+        experts.push(group[0].expert);
+        ends.push(ends.last().unwrap_or(&0) + group.len());
     }
+    let group = |g: usize| if g == 0 { 0..ends[0] } else { ends[g - 1]..ends[g] };
+
+    let act = sized(act, uses.len() * inter);
+    products.prepare(x, &weights.gate_up_proj, |x| {
+        let matrix = Columns::new(act, inter, inter, task_rows(hidden, 2 * inter));
+        let parallel = uses.len() * hidden * 2 * inter >= PARALLEL;
+        for_each_group(&matrix, ends, parallel, |g, mut block| {
+            let x = x.select(&tokens[group(g)]);
+            let first = experts[g] * 2 * inter;
+            gate_up(products, x, &weights.gate_up_proj, (first, inter), &mut block);
+        });
+    });
+    let y = sized(y, uses.len() * hidden);
+    products.prepare(View::new(act, inter), &weights.down_proj, |act| {
+        let matrix = Columns::new(y, hidden, hidden, task_rows(inter, hidden));
+        let parallel = uses.len() * hidden * inter >= PARALLEL;
+        for_each_group(&matrix, ends, parallel, |g, mut block| {
+            let first = experts[g] * hidden + block.cols().start;
+            products.products(act.range(group(g)), &weights.down_proj, first, &mut block);
+        });
+    });
+
+    let used = uses.len().checked_div(x.rows).unwrap_or(0);
+    of_token.clear();
+    of_token.resize(uses.len(), 0);
+    seen.clear();
+    seen.resize(x.rows, 0);
+    for (i, u) in uses.iter().enumerate() {
+        of_token[u.token * used + seen[u.token]] = i;
+        seen[u.token] += 1;
+    }
+    for_each_rows(out, hidden, 16, uses.len() * hidden >= PARALLEL, |first, out| {
+        for (token, out) in out.chunks_exact_mut(hidden).enumerate() {
+            out.fill(0.0);
+            for &i in &of_token[(first + token) * used..][..used] {
+                let (p, y) = (uses[i].p, &y[i * hidden..][..hidden]);
+                out.iter_mut().zip(y).for_each(|(out, y)| *out += p * y);
+            }
+        }
+    });
+    BUFFERS.set(buffers);
     Ok(())
+}
+
+/// `act (tokens, inter)`, `out (tokens, hidden)`: see [`Backend::mlp`](jamba_core::Backend::mlp).
+pub(crate) fn mlp(
+    products: Products,
+    x: View<'_>,
+    weights: &Mlp<Weight>,
+    act: &mut [f32],
+    out: &mut [f32],
+) -> Result<()> {
+    weights.gate_up_proj.check_matrix()?;
+    let (tokens, hidden, inter) = (x.rows, x.cols, weights.down_proj.shape()[1]);
+    products.prepare(x, &weights.gate_up_proj, |x| {
+        let matrix = Columns::new(act, inter, inter, task_rows(hidden, 2 * inter));
+        let parallel = tokens * hidden * 2 * inter >= PARALLEL;
+        for_each_group(&matrix, &[tokens], parallel, |_, mut block| {
+            gate_up(products, x, &weights.gate_up_proj, (0, inter), &mut block);
+        });
+    });
+    products.linear(View::new(act, inter), &weights.down_proj, None, out)
+}
+
+/// Some columns of `act = silu(gate(x)) * up(x)`, gate and up being `inter` rows each of the
+/// weight, from `first` on.
+fn gate_up(
+    products: Products,
+    x: crate::linear::Operand<'_>,
+    weight: &Weight,
+    (first, inter): (usize, usize),
+    act: &mut Block<'_>,
+) {
+    thread_local! {
+        static BOTH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    }
+    let (rows, cols) = (x.rows(), act.cols());
+    let mut buffer = BOTH.take();
+    let both = sized(&mut buffer, 2 * rows * cols.len());
+    let (gate, up) = both.split_at_mut(rows * cols.len());
+    let of = |half: &mut [f32], start| {
+        products.products(x, weight, start, &mut Block::new(half, cols.len()));
+    };
+    of(gate, first + cols.start);
+    of(up, first + inter + cols.start);
+    silu_mul(products.isa, gate, up, act);
+    BOTH.set(buffer);
+}
+
+fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if buffer.len() < len {
+        buffer.resize(len, 0.0);
+    }
+    &mut buffer[..len]
 }
 
 /// Tells the `top_k` experts of largest logit, lower index first among equals, each with its

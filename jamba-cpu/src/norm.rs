@@ -1,21 +1,47 @@
 //! RMSNorm, `y = x / sqrt(mean(x^2) + eps) * w`.
 
+use std::ops::Range;
+
+use crate::simd::columns::for_each_rows;
 use crate::simd::{Isa, Simd, with_simd};
 
-/// One row; x and y may be the same memory only through [`rms_norm_in_place`].
+/// Elements below which a second thread is no gain.
+const PARALLEL: usize = 1 << 15;
+
+/// Rows of as many values as there are weights.
 pub(crate) fn rms_norm(isa: Isa, x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
-    let scale = with_simd!(isa, s => scale(s, x, eps));
-    for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
-        *y = x * scale * w;
-    }
+    let cols = weight.len();
+    let parallel = x.len() >= PARALLEL;
+    for_each_rows(y, cols, 16, parallel, |first, y| {
+        let x = x[first * cols..].chunks_exact(cols);
+        for (y, x) in y.chunks_exact_mut(cols).zip(x) {
+            with_simd!(isa, s => {
+                let scale = scale(s, x, eps);
+                for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
+                    *y = x * scale * w;
+                }
+            });
+        }
+    });
 }
 
-/// One row, over itself.
-pub(crate) fn rms_norm_in_place(isa: Isa, x: &mut [f32], weight: &[f32], eps: f32) {
-    let scale = with_simd!(isa, s => scale(s, x, eps));
-    for (x, w) in x.iter_mut().zip(weight) {
-        *x *= scale;
-        *x *= w;
+/// Some columns of rows of `stride` values, over themselves.
+pub(crate) fn rms_norm_cols(
+    isa: Isa,
+    x: &mut [f32],
+    stride: usize,
+    cols: Range<usize>,
+    weight: &[f32],
+    eps: f32,
+) {
+    for row in x.chunks_exact_mut(stride) {
+        let x = &mut row[cols.clone()];
+        with_simd!(isa, s => {
+            let scale = scale(s, x, eps);
+            for (x, w) in x.iter_mut().zip(weight) {
+                *x = *x * scale * w;
+            }
+        });
     }
 }
 

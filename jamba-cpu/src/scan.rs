@@ -3,13 +3,13 @@
 use jamba_core::Batch;
 
 use crate::simd::columns::{Block, Columns, for_each};
-use crate::simd::{Isa, Simd, exp, silu, softplus, with_simd};
+use crate::simd::{Isa, Simd, exp2, silu, softplus, with_simd};
 use crate::tensor::View;
 use crate::weight::PAD;
 
 /// Channels that one task works on.
 const BLOCK: usize = 64;
-/// State updates below which threads are not worth waking.
+/// State updates below which a second thread is no gain.
 const PARALLEL: usize = 1 << 14;
 
 /// Operands, named as in arXiv 2312.00752.
@@ -98,11 +98,13 @@ fn states<S: Simd, const N: usize>(
                     let x = load(&o.x.row(t)[at.clone()]);
                     let dt = softplus(s, s.add(load(&o.dt.row(t)[at.clone()]), dt_bias));
                     let dt_x = s.mul(dt, x);
+                    // exp(dt A) as a power of two.
+                    let dt = s.mul(dt, s.splat(std::f32::consts::LOG2_E));
                     let (b_row, c_row) = (&o.b.row(t)[n0..n0 + N], &o.c.row(t)[n0..n0 + N]);
                     let out = &mut y.row(t)[c..c + width];
                     let mut sum = if n0 == 0 { s.mul(d, x) } else { load(out) };
                     for (((h, a), b), c) in h.iter_mut().zip(&a).zip(b_row).zip(c_row) {
-                        let decay = exp(s, s.mul(dt, *a));
+                        let decay = exp2(s, s.mul(dt, *a));
                         *h = s.fma(decay, *h, s.mul(dt_x, s.splat(*b)));
                         sum = s.fma(*h, s.splat(*c), sum);
                     }
@@ -113,7 +115,7 @@ fn states<S: Simd, const N: usize>(
                 }
                 for (n, h) in h.into_iter().enumerate() {
                     let to = &mut state.row(run.slot * d_state + n0 + n)[c..c + width];
-                    s.store_partial(h, to);
+                    if width == S::LANES { s.store(h, to) } else { s.store_partial(h, to) }
                 }
             }
             first += run.len;

@@ -49,26 +49,53 @@ impl Shaped for Tensor {
     }
 }
 
-/// Some columns of row-major values.
-#[derive(Clone, Copy)]
-pub(crate) struct View<'a> {
-    values: &'a [f32],
+/// Some columns of some rows of row-major values.
+pub(crate) struct View<'a, T = f32> {
+    values: &'a [T],
     pub(crate) rows: usize,
     stride: usize,
     start: usize,
     pub(crate) cols: usize,
+    index: Option<&'a [usize]>,
 }
 
-impl<'a> View<'a> {
+impl<T> Clone for View<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for View<'_, T> {}
+
+impl<'a, T> View<'a, T> {
     /// All columns of `values`, in rows of `cols`.
-    pub(crate) fn new(values: &'a [f32], cols: usize) -> Self {
-        let rows = values.len().checked_div(cols).unwrap_or(0);
-        Self { values, rows, stride: cols, start: 0, cols }
+    pub(crate) fn new(values: &'a [T], cols: usize) -> Self {
+        Self::padded(values, cols, cols)
+    }
+
+    /// The first `cols` columns of `values`, in rows of `stride`.
+    pub(crate) fn padded(values: &'a [T], stride: usize, cols: usize) -> Self {
+        let rows = values.len().checked_div(stride).unwrap_or(0);
+        Self { values, rows, stride, start: 0, cols, index: None }
+    }
+
+    /// Of all rows these, in this order.
+    pub(crate) fn select(self, index: &'a [usize]) -> Self {
+        debug_assert!(self.index.is_none());
+        Self { rows: index.len(), index: Some(index), ..self }
+    }
+
+    /// The rows in this range.
+    pub(crate) fn range(self, rows: std::ops::Range<usize>) -> Self {
+        debug_assert!(self.index.is_none() && rows.end <= self.rows);
+        let values = &self.values[rows.start * self.stride..rows.end * self.stride];
+        Self { values, rows: rows.len(), ..self }
     }
 
     /// One row of the columns viewed.
     #[inline(always)]
-    pub(crate) fn row(&self, row: usize) -> &'a [f32] {
+    pub(crate) fn row(&self, row: usize) -> &'a [T] {
+        let row = self.index.map_or(row, |index| index[row]);
         let start = row * self.stride + self.start;
         &self.values[start..start + self.cols]
     }
@@ -78,6 +105,6 @@ impl<'a> From<&Cols<'a, Tensor>> for View<'a> {
     fn from(x: &Cols<'a, Tensor>) -> Self {
         let [rows, stride] = x.tensor.shape();
         let (start, cols) = (x.cols.start, x.cols.len());
-        Self { values: x.tensor.values(), rows, stride, start, cols }
+        Self { values: x.tensor.values(), rows, stride, start, cols, index: None }
     }
 }

@@ -6,6 +6,8 @@ use half::{bf16, f16};
 use jamba_core::shape::{self, Shaped};
 use jamba_core::{Dtype, Error, HostTensor, Layout, Param, Quantized, Result, Role, WeightFormat};
 
+use crate::packed::Packed;
+
 /// Rows of per-channel tables are padded to a multiple of the widest vector.
 pub(crate) const PAD: usize = 16;
 
@@ -20,7 +22,7 @@ enum Form {
     /// A matrix as it is stored, in pieces laid one below the other.
     Matrix(Vec<Piece>),
     /// A quantised matrix.
-    Packed(Quantized),
+    Packed(Packed),
     /// A vector.
     Vector(Vec<f32>),
     /// The transpose `(cols, rows)`, its rows padded with zeros to a multiple of [`PAD`]: what
@@ -48,7 +50,7 @@ pub(crate) enum Rows<'a> {
     F16(&'a [f16]),
     Bf16(&'a [bf16]),
     /// These rows of it.
-    Packed(&'a Quantized, Range<usize>),
+    Packed(&'a Packed, Range<usize>),
 }
 
 impl Weight {
@@ -65,7 +67,9 @@ impl Weight {
             | Role::Router
             | Role::Experts
             | Role::Mlp => match format.layout(param.role) {
-                Layout::Packed(packing) => Form::Packed(Quantized::new(&param, packing)?),
+                Layout::Packed(packing) => {
+                    Form::Packed(Packed::new(Quantized::new(&param, packing)?))
+                }
                 Layout::F32 | Layout::Stored => {
                     Form::Matrix(param.parts.into_iter().map(|p| Piece::new(p, cols)).collect())
                 }
@@ -88,6 +92,22 @@ impl Weight {
             Form::Transposed(values) => Ok(values),
             _ => Err(other_form("a table per channel")),
         }
+    }
+
+    /// Fails if this is not a matrix.
+    pub(crate) fn check_matrix(&self) -> Result<()> {
+        self.pieces(0, 0, |_, _| ())
+    }
+
+    /// Whether any of it is stored as bf16.
+    pub(crate) fn has_bf16(&self) -> bool {
+        let Form::Matrix(pieces) = &self.form else { return false };
+        pieces.iter().any(|piece| matches!(piece.rows(0..0), Rows::Bf16(_)))
+    }
+
+    /// Whether it is quantised.
+    pub(crate) fn is_packed(&self) -> bool {
+        matches!(self.form, Form::Packed(_))
     }
 
     /// Calls `f` with the pieces that make up these rows of the matrix, and the number of the
@@ -173,8 +193,7 @@ impl Rows<'_> {
             Self::F16(v) => to.iter_mut().zip(v).for_each(|(to, v)| *to = v.to_f32()),
             Self::Bf16(v) => to.iter_mut().zip(v).for_each(|(to, v)| *to = v.to_f32()),
             Self::Packed(weights, rows) => {
-                let to = to.chunks_exact_mut(weights.shape()[1].max(1));
-                rows.zip(to).for_each(|(row, to)| weights.dequantize_row(row, to));
+                weights.widen(rows, to);
             }
         }
     }

@@ -4,18 +4,10 @@ use std::path::PathBuf;
 
 use jamba_core::WeightFormat;
 
-/// In which precision weights are kept and matrix products computed. Activations between
-/// operators, states, and everything that is not a matrix product are f32 in both.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Precision {
-    /// Weights and the KV cache in bf16; operands of matrix products rounded to bf16, sums in
-    /// f32. Weights stored as f16 or f32 are rounded to the nearest bf16, ties to even: f16 has
-    /// three bits of mantissa more, which are lost.
-    #[default]
-    Bf16,
-    /// Weights, KV cache and products in f32, without TF32.
-    F32,
-}
+/// [`Precision::Bf16`]: weights and the KV cache in bf16 too. Weights stored as f16 or f32 are rounded
+/// to the nearest bf16, ties to even: f16 has three bits of mantissa more, which are lost.
+/// [`Precision::F32`]: all in f32, without TF32.
+pub use jamba_core::Precision;
 
 /// Where compiled kernels are kept between runs of a program.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

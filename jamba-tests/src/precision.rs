@@ -11,6 +11,9 @@ use serde::{Deserialize, Serialize};
 pub enum Precision {
     /// IEEE binary32: 24 bits.
     F32,
+    /// IEEE binary32, but operands of products with matrices are rounded to bfloat16 where these are
+    /// stored so. Inputs are drawn from bfloat16, so that a product alone is exact.
+    Bf16Products,
     /// bfloat16: 8 bits, hence 2^-9 relative per rounding.
     Bf16,
 }
@@ -21,7 +24,7 @@ impl Precision {
     pub fn round(self, v: f32) -> f32 {
         match self {
             Self::F32 => v,
-            Self::Bf16 => bf16::from_f32(v).to_f32(),
+            Self::Bf16 | Self::Bf16Products => bf16::from_f32(v).to_f32(),
         }
     }
 }
@@ -30,6 +33,7 @@ impl std::fmt::Display for Precision {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::F32 => "f32",
+            Self::Bf16Products => "f32, products bf16",
             Self::Bf16 => "bf16",
         })
     }

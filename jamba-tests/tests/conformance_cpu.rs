@@ -2,11 +2,17 @@
 //! format: `avx512::problem::selective_scan`, `avx512::int8::problem::linear` and the like.
 
 use jamba_cpu::CpuBackend;
-use jamba_tests::{Format, Support, cases};
+use jamba_tests::{Format, Precision, Support, cases};
 use libtest_mimic::{Arguments, Failed, Trial};
 
-/// Best first, as [`CpuBackend::all`] has them.
-const ISAS: [&str; 3] = ["avx512", "avx2", "portable"];
+/// Instruction sets, best first as [`CpuBackend::all`] has them, and precisions of products. Where
+/// they are of f32, `avx512bf16` is `avx512`.
+const RUNS: [(&str, Precision); 4] = [
+    ("avx512bf16", Precision::Bf16Products),
+    ("avx512", Precision::F32),
+    ("avx2", Precision::F32),
+    ("portable", Precision::F32),
+];
 
 /// Problems of a case in a format that quantises: what does not touch weights is the same code as
 /// in all problems of the stored ones.
@@ -14,15 +20,20 @@ const CASES_QUANTISED: u32 = 48;
 
 fn main() {
     let mut trials = Vec::new();
-    for isa in ISAS {
+    for (isa, precision) in RUNS {
         let stored = CpuBackend::all().into_iter().find(|b| b.isa() == isa);
+        let stored = stored.map(|b| match precision {
+            Precision::F32 => b.with_precision(jamba_core::Precision::F32),
+            _ => b.with_precision(jamba_core::Precision::Bf16),
+        });
         for format in [None].into_iter().chain(Format::QUANTISED.map(Some)) {
+            let support = Support::default().precision(precision);
             let (name, backend, support) = match format {
-                None => (isa.to_owned(), stored, Support::default()),
+                None => (isa.to_owned(), stored, support),
                 Some(format) => (
                     format!("{isa}::{format}"),
                     stored.map(|backend| backend.with_format(format.weight_format())),
-                    Support::default().weights(&[format]).cases(CASES_QUANTISED),
+                    support.weights(&[format]).cases(CASES_QUANTISED),
                 ),
             };
             for case in cases() {

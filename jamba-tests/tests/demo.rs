@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use jamba_core::{
-    FinishReason, GenerateOptions, LanguageModel, Model, Sampling, Session, SessionOptions,
-    Tokenizer, generate, log_prob,
+    FinishReason, GenerateOptions, LanguageModel, Model, Precision, Sampling, Session,
+    SessionOptions, Tokenizer, generate, log_prob,
 };
 use jamba_cpu::{CpuBackend, ReferenceBackend};
 use serde_json::Value;
@@ -26,6 +26,7 @@ fn backends() -> Vec<Box<dyn LanguageModel>> {
     let mut all: Vec<Box<dyn LanguageModel>> =
         vec![Box::new(Model::load(folder(), ReferenceBackend::new()).unwrap())];
     for backend in CpuBackend::all() {
+        let backend = backend.with_precision(Precision::F32);
         all.push(Box::new(Model::load(folder(), backend).unwrap()));
     }
     all

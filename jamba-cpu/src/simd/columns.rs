@@ -1,9 +1,9 @@
-//! A row-major matrix handed to several threads, each some of its columns.
+//! A row-major matrix handed to several threads, each some of its elements.
 
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use rayon::prelude::*;
+use crate::team;
 
 /// A mutable row-major matrix, cut into blocks of columns.
 pub(crate) struct Columns<'a> {
@@ -17,7 +17,7 @@ pub(crate) struct Columns<'a> {
 
 // SAFETY: it stands for the `&mut [f32]` that it was made from, which is Send and Sync.
 unsafe impl Send for Columns<'_> {}
-// SAFETY: as above; blocks are only made in `for_each`, each column once.
+// SAFETY: as above; blocks do not overlap.
 unsafe impl Sync for Columns<'_> {}
 
 impl<'a> Columns<'a> {
@@ -31,9 +31,24 @@ impl<'a> Columns<'a> {
     fn len(&self) -> usize {
         self.cols.div_ceil(self.width)
     }
+
+    /// Block number `index` of some rows.
+    ///
+    /// # Safety
+    /// No other block that lives may have any of its elements.
+    unsafe fn block(&self, rows: Range<usize>, index: usize) -> Block<'_> {
+        let start = index * self.width;
+        Block {
+            values: self.values.wrapping_add(rows.start * self.stride),
+            rows: rows.len(),
+            stride: self.stride,
+            cols: start..(start + self.width).min(self.cols),
+            borrowed: PhantomData,
+        }
+    }
 }
 
-/// Some columns of a matrix, to be written by one thread.
+/// Some columns of some rows of a matrix, to be written by one thread.
 pub(crate) struct Block<'a> {
     values: *mut f32,
     rows: usize,
@@ -42,7 +57,14 @@ pub(crate) struct Block<'a> {
     borrowed: PhantomData<&'a mut [f32]>,
 }
 
-impl Block<'_> {
+impl<'a> Block<'a> {
+    /// All of a matrix in rows of `cols`.
+    pub(crate) fn new(values: &'a mut [f32], cols: usize) -> Self {
+        let rows = values.len().checked_div(cols).unwrap_or(0);
+        let (values, cols) = (values.as_mut_ptr(), 0..cols);
+        Self { values, rows, stride: cols.end, cols, borrowed: PhantomData }
+    }
+
     /// Which columns of the matrix these are.
     pub(crate) fn cols(&self) -> Range<usize> {
         self.cols.clone()
@@ -60,8 +82,8 @@ impl Block<'_> {
     }
 }
 
-/// Calls `f` once for every block, with the same block of each matrix; on the threads of the
-/// current pool if `parallel`. The matrices must have as many blocks each.
+/// Calls `f` once for every block, with the same block of each matrix; on several threads if
+/// `parallel`. The matrices must have as many blocks each.
 pub(crate) fn for_each<const N: usize>(
     matrices: [Columns<'_>; N],
     parallel: bool,
@@ -69,22 +91,110 @@ pub(crate) fn for_each<const N: usize>(
 ) {
     let blocks = matrices.first().map_or(0, Columns::len);
     assert!(matrices.iter().all(|m| m.len() == blocks), "matrices of different numbers of blocks");
-    let call = |index: usize| {
+    run(blocks, parallel, |index| {
         f(std::array::from_fn(|i| {
             let m = &matrices[i];
-            let start = index * m.width;
-            Block {
-                values: m.values,
-                rows: m.rows,
-                stride: m.stride,
-                cols: start..(start + m.width).min(m.cols),
-                borrowed: PhantomData,
-            }
+            // SAFETY: this block is handed out once, and no other overlaps it.
+            unsafe { m.block(0..m.rows, index) }
         }));
-    };
-    if parallel && blocks > 1 {
-        (0..blocks).into_par_iter().for_each(call);
+    });
+}
+
+/// Calls `f` once for every block of every group of rows, with the number of the group; on several
+/// threads if `parallel`. A group begins where the one before it ends.
+pub(crate) fn for_each_group(
+    matrix: &Columns<'_>,
+    ends: &[usize],
+    parallel: bool,
+    f: impl Fn(usize, Block<'_>) + Sync,
+) {
+    let ascend = ends.is_sorted() && ends.last().is_none_or(|end| *end <= matrix.rows);
+    assert!(ascend, "groups {ends:?} of {} rows", matrix.rows);
+    let blocks = matrix.len();
+    run(ends.len() * blocks, parallel, |index| {
+        let (group, index) = (index / blocks, index % blocks);
+        let start = if group == 0 { 0 } else { ends[group - 1] };
+        // SAFETY: this block is handed out once, and no other overlaps it.
+        f(group, unsafe { matrix.block(start..ends[group], index) });
+    });
+}
+
+/// Values that several threads write, each its own.
+struct Shared<'a, T> {
+    values: *mut T,
+    len: usize,
+    borrowed: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: it stands for the `&mut [T]` that it was made from, and each value is handed to one
+// thread.
+unsafe impl<T: Send> Sync for Shared<'_, T> {}
+
+impl<'a, T> Shared<'a, T> {
+    fn new(values: &'a mut [T]) -> Self {
+        Self { values: values.as_mut_ptr(), len: values.len(), borrowed: PhantomData }
+    }
+
+    /// `width` values, and fewer at the end.
+    ///
+    /// # Safety
+    /// No other part that lives may have any of them.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn part(&self, start: usize, width: usize) -> &mut [T] {
+        assert!(start <= self.len);
+        let width = width.min(self.len - start);
+        // SAFETY: they lie within the values, and no other part has any of them.
+        unsafe { std::slice::from_raw_parts_mut(self.values.wrapping_add(start), width) }
+    }
+}
+
+/// Calls `f` once for every `rows` rows of `cols` values, and fewer at the end, with the number of
+/// the first; on several threads if `parallel`.
+pub(crate) fn for_each_rows<T: Send>(
+    values: &mut [T],
+    cols: usize,
+    rows: usize,
+    parallel: bool,
+    f: impl Fn(usize, &mut [T]) + Sync,
+) {
+    let width = (rows * cols).max(1);
+    let (tasks, shared) = (values.len().div_ceil(width), Shared::new(values));
+    run(tasks, parallel, |index| {
+        // SAFETY: this part is handed out once, and no other overlaps it.
+        f(index * rows, unsafe { shared.part(index * width, width) });
+    });
+}
+
+/// Calls `f` once for every row of three matrices, given with their columns; on several threads if
+/// `parallel`. They must have as many rows each.
+pub(crate) fn for_each_rows3<A: Send, B: Send, C: Send>(
+    (a, a_cols): (&mut [A], usize),
+    (b, b_cols): (&mut [B], usize),
+    (c, c_cols): (&mut [C], usize),
+    parallel: bool,
+    f: impl Fn(usize, &mut [A], &mut [B], &mut [C]) + Sync,
+) {
+    /// Rows of a task.
+    const ROWS: usize = 8;
+    let rows = a.len().checked_div(a_cols).unwrap_or(0);
+    let (a, b, c) = (Shared::new(a), Shared::new(b), Shared::new(c));
+    run(rows.div_ceil(ROWS), parallel, |index| {
+        for r in index * ROWS..rows.min((index + 1) * ROWS) {
+            // SAFETY: this row is handed out once, and no other overlaps it.
+            let a = unsafe { a.part(r * a_cols, a_cols) };
+            // SAFETY: as above.
+            let b = unsafe { b.part(r * b_cols, b_cols) };
+            // SAFETY: as above.
+            let c = unsafe { c.part(r * c_cols, c_cols) };
+            f(r, a, b, c);
+        }
+    });
+}
+
+fn run(tasks: usize, parallel: bool, f: impl Fn(usize) + Sync) {
+    if parallel && tasks > 1 {
+        team::lead(|| team::run(tasks, f));
     } else {
-        (0..blocks).for_each(call);
+        (0..tasks).for_each(f);
     }
 }

@@ -20,11 +20,27 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
     for term in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
         p = s.fma(p, r, c(term));
     }
-    // Two steps, because 2^128 is not an f32.
-    let half = s.round(s.mul(n, c(0.5)));
-    let y = s.ldexp(s.ldexp(p, half), s.sub(n, half));
+    let y = s.ldexp(p, n);
     let y = s.select_gt(x, high, c(f32::INFINITY), y);
     s.select_gt(low, x, c(0.0), y)
+}
+
+/// `2^x` for x of at most 127, within 2 units in the last place; `2^-126` below that.
+///
+/// `2^x = 2^n 2^r` with n = round(x), and r exact. The polynomial is the one of least relative
+/// error on |r| <= 1/2, 2e-9.
+#[inline(always)]
+pub(crate) fn exp2<S: Simd>(s: S, x: S::F) -> S::F {
+    // In this order of operands a NaN comes through.
+    let x = s.max(s.splat(-126.0), x);
+    let n = s.round(x);
+    let r = s.sub(x, n);
+    let mut p = s.splat(1.534_581_2e-4);
+    let ln_2 = std::f32::consts::LN_2;
+    for term in [1.339_993_1e-3, 9.618_489e-3, 5.550_328_6e-2, 0.240_226_46, ln_2, 1.0] {
+        p = s.fma(p, r, s.splat(term));
+    }
+    s.ldexp(p, n)
 }
 
 /// `ln x` for positive normal x, within 2 units in the last place of max(|ln x|, 1/8).
@@ -104,6 +120,12 @@ mod tests {
     }
 
     #[test]
+    fn exp2_is_within_two_units_in_the_last_place() {
+        let worst = worst!(exp2, f64::exp2, |e: f64| e, grid(-126.0, 20.0));
+        assert!(worst < 2.0 * 2f64.powi(-24) * 2.0, "{worst:e}");
+    }
+
+    #[test]
     fn softplus_and_silu_are_exact_to_f32() {
         let softplus_exact = |x: f64| if x > 20.0 { x } else { x.exp().ln_1p() };
         let small = worst!(softplus, softplus_exact, |e: f64| e, grid(-80.0, 30.0));
@@ -121,6 +143,11 @@ mod tests {
             with_simd!(isa, s => s.store_partial(exp(s, s.load_partial(&x)), &mut y));
             assert!(y[0].is_nan(), "{}: {y:?}", isa.name());
             assert_eq!(y[1..], [f32::INFINITY, 0.0, f32::INFINITY, 0.0], "{}", isa.name());
+            let x = [f32::NAN, f32::NEG_INFINITY, -126.5, 0.0, 1.0];
+            with_simd!(isa, s => s.store_partial(exp2(s, s.load_partial(&x)), &mut y));
+            assert!(y[0].is_nan(), "{}: {y:?}", isa.name());
+            let least = f32::MIN_POSITIVE;
+            assert_eq!(y[1..], [least, least, 1.0, 2.0], "{}", isa.name());
             let x = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e30, -1e30];
             with_simd!(isa, s => s.store_partial(softplus(s, s.load_partial(&x)), &mut y));
             assert!(y[0].is_nan());

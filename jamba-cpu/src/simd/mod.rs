@@ -1,18 +1,24 @@
 //! Vectors of f32 for the instruction sets of the machine: the only unsafe code of this crate.
 //!
-//! A [`Simd`] value is proof that the machine has its instructions: [`Isa::detect`] is the only
+//! A [`Simd`] value is proof that the machine has its instructions: [`Isa::available`] is the only
 //! source of one for x86. Kernels are generic over it, and run inside [`Simd::vectorize`], which
 //! compiles them for the instruction set.
 #![allow(unsafe_code)]
 
+#[cfg(target_arch = "x86_64")]
+mod bf16;
 mod math;
 mod portable;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
 pub(crate) mod columns;
+pub(crate) mod dots;
+pub(crate) mod int8;
 pub(crate) mod peak;
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) use bf16::Avx512Bf16;
 use portable::Portable;
 #[cfg(target_arch = "x86_64")]
 use x86::{Avx2, Avx512};
@@ -55,16 +61,22 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn min(self, a: Self::F, b: Self::F) -> Self::F;
     /// To the nearest integer.
     fn round(self, a: Self::F) -> Self::F;
-    /// `a * 2^n` for integral n of -126 to 127.
+    /// `a * 2^n` for integral n of -126 to 128.
     fn ldexp(self, a: Self::F, n: Self::F) -> Self::F;
     /// `(m, e)` with `a = m 2^e` and `1 <= m < 2`, for positive normal `a`.
     fn frexp(self, a: Self::F) -> (Self::F, Self::F);
     /// `x > y ? a : b`.
     fn select_gt(self, x: Self::F, y: Self::F, a: Self::F, b: Self::F) -> Self::F;
-    /// Sum of all lanes, always in the same order.
-    fn sum(self, a: Self::F) -> f32;
+    /// Sums of all lanes of each, always in the same order.
+    fn sum4(self, a: [Self::F; 4]) -> [f32; 4];
     /// Largest lane.
     fn max_lane(self, a: Self::F) -> f32;
+
+    /// Sum of all lanes, in the order of [`sum4`](Self::sum4).
+    #[inline(always)]
+    fn sum(self, a: Self::F) -> f32 {
+        self.sum4([a; 4])[0]
+    }
 
     /// As [`load`](Self::load), zero past the end.
     #[inline(always)]
@@ -87,14 +99,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
 pub(crate) trait Element: bytemuck::Pod + Send + Sync {
     /// The first `LANES` elements as f32; panics if there are fewer.
     fn load<S: Simd>(s: S, v: &[Self]) -> S::F;
-
-    /// As [`load`](Self::load), zero past the end.
-    #[inline(always)]
-    fn load_partial<S: Simd>(s: S, v: &[Self]) -> S::F {
-        let mut padded = [Self::zeroed(); 16];
-        padded[..v.len()].copy_from_slice(v);
-        Self::load(s, &padded)
-    }
 }
 
 impl Element for f32 {
@@ -121,6 +125,9 @@ impl Element for half::f16 {
 /// The instruction set that kernels run on.
 #[derive(Clone, Copy)]
 pub(crate) enum Isa {
+    /// AVX-512 with BF16 and VNNI.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16(Avx512Bf16),
     /// AVX-512 F, BW, DQ and VL.
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
@@ -128,6 +135,15 @@ pub(crate) enum Isa {
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
     /// Whatever the compiler makes of arrays.
+    Portable(Portable),
+}
+
+/// The vectors of f32 of an instruction set.
+pub(crate) enum Vectors {
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2),
     Portable(Portable),
 }
 
@@ -142,16 +158,20 @@ impl Isa {
         let mut all = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
-            all.extend(Avx512::detect().map(Self::Avx512));
+            let avx512 = Avx512::detect();
+            all.extend(avx512.and_then(Avx512Bf16::detect).map(Self::Avx512Bf16));
+            all.extend(avx512.map(Self::Avx512));
             all.extend(Avx2::detect().map(Self::Avx2));
         }
         all.push(Self::Portable(Portable));
         all
     }
 
-    /// `avx512`, `avx2` or `portable`.
+    /// `avx512bf16`, `avx512`, `avx2` or `portable`.
     pub(crate) fn name(self) -> &'static str {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16(_) => "avx512bf16",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512(_) => "avx512",
             #[cfg(target_arch = "x86_64")]
@@ -159,24 +179,47 @@ impl Isa {
             Self::Portable(_) => "portable",
         }
     }
+
+    /// What every machine has.
+    pub(crate) fn portable() -> Self {
+        Self::Portable(Portable)
+    }
+
+    /// Whether it multiplies bf16.
+    pub(crate) fn has_bf16(self) -> bool {
+        self.name() == "avx512bf16"
+    }
+
+    /// Its vectors of f32.
+    pub(crate) fn vectors(self) -> Vectors {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16(s) => Vectors::Avx512(s.avx512()),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(s) => Vectors::Avx512(s),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(s) => Vectors::Avx2(s),
+            Self::Portable(s) => Vectors::Portable(s),
+        }
+    }
 }
 
 /// Runs an expression with `$s` bound to the [`Simd`] value of an [`Isa`], compiled for it.
 macro_rules! with_simd {
     ($isa:expr, $s:ident => $body:expr) => {{
-        use $crate::simd::{Isa, Simd};
-        match $isa {
+        use $crate::simd::{Simd, Vectors};
+        match $isa.vectors() {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512($s) => $s.vectorize(
+            Vectors::Avx512($s) => $s.vectorize(
                 #[inline(always)]
                 || $body,
             ),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2($s) => $s.vectorize(
+            Vectors::Avx2($s) => $s.vectorize(
                 #[inline(always)]
                 || $body,
             ),
-            Isa::Portable($s) => $s.vectorize(
+            Vectors::Portable($s) => $s.vectorize(
                 #[inline(always)]
                 || $body,
             ),
@@ -185,4 +228,4 @@ macro_rules! with_simd {
 }
 pub(crate) use with_simd;
 
-pub(crate) use math::{exp, silu, softplus};
+pub(crate) use math::{exp, exp2, silu, softplus};

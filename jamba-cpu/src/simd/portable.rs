@@ -95,7 +95,12 @@ impl Simd for Portable {
 
     #[inline(always)]
     fn ldexp(self, a: V, n: V) -> V {
-        zip(a, n, |a, n| a * f32::from_bits(((n as i32 + 127) as u32) << 23))
+        // Two steps, because 2^128 is not an f32.
+        zip(a, n, |a, n| {
+            let half = n as i32 / 2;
+            let power = |n: i32| f32::from_bits(((n + 127) as u32) << 23);
+            a * power(half) * power(n as i32 - half)
+        })
     }
 
     #[inline(always)]
@@ -111,8 +116,12 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn sum(self, a: V) -> f32 {
-        ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]))
+    fn sum4(self, a: [V; 4]) -> [f32; 4] {
+        let mut sums = [0.0; 4];
+        for (sum, a) in sums.iter_mut().zip(a) {
+            *sum = ((a[0] + a[2]) + (a[1] + a[3])) + ((a[4] + a[6]) + (a[5] + a[7]));
+        }
+        sums
     }
 
     #[inline(always)]

@@ -42,10 +42,33 @@ macro_rules! intrinsic {
     };
 }
 
+/// In every four lanes the sums of those four lanes of a, b, c and d.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn transposed_sum512(a: __m512, b: __m512, c: __m512, d: __m512) -> __m512 {
+    // Sums of the pairs (0, 2) and (1, 3) of every four lanes, then of those.
+    let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    let even = _mm512_shuffle_ps::<0b01_00_01_00>(ab, cd);
+    let odd = _mm512_shuffle_ps::<0b11_10_11_10>(ab, cd);
+    _mm512_add_ps(even, odd)
+}
+
+/// The lower four lanes plus the upper four.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn halves_sum(v: __m256) -> [f32; 4] {
+    let sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+    let mut sums = [0.0; 4];
+    // SAFETY: four values are written to an array of four.
+    unsafe { _mm_storeu_ps(sums.as_mut_ptr(), sum) };
+    sums
+}
+
 impl Simd for Avx512 {
     type F = __m512;
     const LANES: usize = 16;
-    const TILE_M: usize = 4;
+    const TILE_M: usize = 6;
 
     #[inline(always)]
     fn vectorize<R>(self, f: impl FnOnce() -> R) -> R {
@@ -147,8 +170,13 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn sum(self, a: __m512) -> f32 {
-        intrinsic!(_mm512_reduce_add_ps(a))
+    fn sum4(self, [a, b, c, d]: [__m512; 4]) -> [f32; 4] {
+        let four = intrinsic!(transposed_sum512(a, b, c, d));
+        let halves = intrinsic!(_mm256_add_ps(
+            _mm512_castps512_ps256(four),
+            _mm512_extractf32x8_ps::<1>(four)
+        ));
+        intrinsic!(halves_sum(halves))
     }
 
     #[inline(always)]
@@ -246,10 +274,15 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn ldexp(self, a: __m256, n: __m256) -> __m256 {
-        let bias = intrinsic!(_mm256_set1_epi32(127));
-        let biased = intrinsic!(_mm256_add_epi32(_mm256_cvtps_epi32(n), bias));
-        let power = intrinsic!(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased)));
-        intrinsic!(_mm256_mul_ps(a, power))
+        let power = |n: __m256i| {
+            let bias = intrinsic!(_mm256_set1_epi32(127));
+            intrinsic!(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(n, bias))))
+        };
+        // Two steps, because 2^128 is not an f32.
+        let n = intrinsic!(_mm256_cvtps_epi32(n));
+        let half = intrinsic!(_mm256_srai_epi32::<1>(n));
+        let rest = intrinsic!(_mm256_sub_epi32(n, half));
+        intrinsic!(_mm256_mul_ps(_mm256_mul_ps(a, power(half)), power(rest)))
     }
 
     #[inline(always)]
@@ -270,10 +303,13 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn sum(self, a: __m256) -> f32 {
-        let mut v = [0.0; 8];
-        self.store(a, &mut v);
-        ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]))
+    fn sum4(self, [a, b, c, d]: [__m256; 4]) -> [f32; 4] {
+        // Sums of the pairs (0, 2) and (1, 3) of every four lanes, then of those.
+        let ab = intrinsic!(_mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)));
+        let cd = intrinsic!(_mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d)));
+        let even = intrinsic!(_mm256_shuffle_ps::<0b01_00_01_00>(ab, cd));
+        let odd = intrinsic!(_mm256_shuffle_ps::<0b11_10_11_10>(ab, cd));
+        intrinsic!(halves_sum(_mm256_add_ps(even, odd)))
     }
 
     #[inline(always)]

@@ -73,7 +73,9 @@ fn batches(config: &Config, seed: u64, precision: Precision) -> Vec<Batch> {
             &[(1, 1, 1), (3, 18, 1), (2, 9, 1), (0, 7, 1)],
         ],
         // Fewer tokens, so that there are weights that leave no doubt about any expert.
-        Precision::Bf16 => &[&[(2, 0, 4), (0, 0, 2)], &[(0, 2, 2), (1, 0, 1), (2, 4, 0)]],
+        Precision::Bf16Products | Precision::Bf16 => {
+            &[&[(2, 0, 4), (0, 0, 2)], &[(0, 2, 2), (1, 0, 1), (2, 4, 0)]]
+        }
     };
     let batch = |runs: &&[(usize, usize, usize)]| {
         let mut batch = Batch::new();

@@ -392,7 +392,7 @@ pub(crate) fn margin(logits: &[f32], top_k: usize) -> f32 {
 pub(crate) fn decisive(precision: Precision) -> f32 {
     match precision {
         Precision::F32 => 1e-3,
-        Precision::Bf16 => 0.06,
+        Precision::Bf16Products | Precision::Bf16 => 0.06,
     }
 }
 

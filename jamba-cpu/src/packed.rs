@@ -1,0 +1,325 @@
+//! Quantised matrices in the order in which they are multiplied, and activations to match.
+//!
+//! A row is cut into groups of up to 16 blocks of 32. A group has its first four values of every
+//! block, then the next four of every block, and so on: a lane of a vector of 32-bit integers is a
+//! block, so that the scales of 16 blocks are applied at once, after all products of integers,
+//! which are exact.
+
+use jamba_core::quant::{BLOCK, Scales};
+use jamba_core::{Packing, Quantized};
+use rayon::prelude::*;
+
+use crate::simd::columns::for_each_rows3;
+use crate::simd::{Isa, with_simd};
+
+/// Blocks of a group: lanes of the widest vector.
+pub(crate) const LANES: usize = 16;
+/// Values that one lane multiplies at once.
+pub(crate) const STEP: usize = 4;
+/// Values of a group.
+pub(crate) const GROUP: usize = LANES * BLOCK;
+
+/// A quantised matrix, `(rows, cols)`.
+pub(crate) struct Packed {
+    pub(crate) packing: Packing,
+    rows: usize,
+    cols: usize,
+    /// On a cache line from `start` on; per row [`stride`](Self::stride).
+    quants: Vec<u8>,
+    start: usize,
+    /// Per row and block, bits of bf16; empty for `Int8Row`.
+    block_scales: Vec<u16>,
+    /// Per row; empty for the others.
+    row_scales: Vec<f32>,
+}
+
+/// Some rows of a [`Packed`] matrix.
+#[derive(Clone, Copy)]
+pub(crate) struct PackedRows<'a> {
+    pub(crate) packing: Packing,
+    pub(crate) blocks: usize,
+    pub(crate) quants: &'a [u8],
+    pub(crate) block_scales: &'a [u16],
+    pub(crate) row_scales: &'a [f32],
+}
+
+impl Packed {
+    pub(crate) fn new(from: Quantized) -> Self {
+        let (packing, [rows, cols]) = (from.packing(), from.shape());
+        let blocks = cols.div_ceil(BLOCK);
+        let bytes = block_bytes(packing);
+        let stride = blocks * bytes;
+        let mut quants = vec![0u8; rows * stride + 63];
+        let start = quants.as_ptr().align_offset(64).min(63);
+        let stored = packing.stride(cols);
+        if stored > 0 {
+            let to = quants[start..start + rows * stride].par_chunks_exact_mut(stride);
+            let rows = from.quants().par_chunks_exact(stored).zip(to);
+            rows.for_each(|(from, to)| interleave(packing, from, to));
+        }
+        let (block_scales, row_scales) = match from.scales() {
+            Scales::Blocks(scales) => (scales.to_vec(), Vec::new()),
+            Scales::Rows(scales) => (Vec::new(), scales.to_vec()),
+        };
+        Self { packing, rows, cols, quants, start, block_scales, row_scales }
+    }
+
+    fn blocks(&self) -> usize {
+        self.cols.div_ceil(BLOCK)
+    }
+
+    /// These rows.
+    pub(crate) fn rows(&self, rows: std::ops::Range<usize>) -> PackedRows<'_> {
+        assert!(rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        let (blocks, stride) = (self.blocks(), self.blocks() * block_bytes(self.packing));
+        let quants = &self.quants[self.start..][rows.start * stride..rows.end * stride];
+        let (block_scales, row_scales) = match self.packing {
+            Packing::Int8Row => (&[][..], &self.row_scales[rows]),
+            _ => (&self.block_scales[rows.start * blocks..rows.end * blocks], &[][..]),
+        };
+        PackedRows { packing: self.packing, blocks, quants, block_scales, row_scales }
+    }
+
+    /// The weights of some rows as f32, exact.
+    pub(crate) fn widen(&self, rows: std::ops::Range<usize>, to: &mut [f32]) {
+        for (row, to) in rows.zip(to.chunks_exact_mut(self.cols.max(1))) {
+            let row = self.rows(row..row + 1);
+            for (i, to) in to.iter_mut().enumerate() {
+                let scale = match row.block_scales.get(i / BLOCK) {
+                    Some(bits) => f32::from_bits(u32::from(*bits) << 16),
+                    None => row.row_scales[0],
+                };
+                *to = f32::from(row.quant(i)) * scale;
+            }
+        }
+    }
+}
+
+impl<'a> PackedRows<'a> {
+    /// Bytes of a row.
+    pub(crate) fn stride(&self) -> usize {
+        self.blocks * block_bytes(self.packing)
+    }
+
+    /// Integer number i of the first row.
+    pub(crate) fn quant(&self, i: usize) -> i8 {
+        let (group, block, at) = (i / GROUP, i / BLOCK % LANES, i % BLOCK);
+        let blocks = LANES.min(self.blocks - group * LANES);
+        let bytes = &self.quants[group * LANES * block_bytes(self.packing)..];
+        match self.packing {
+            Packing::Int4Block => {
+                let (pair, at) = (at / (2 * STEP), at % (2 * STEP));
+                let byte = bytes[(pair * blocks + block) * STEP + at % STEP];
+                let nibble = if at < STEP { byte & 15 } else { byte >> 4 };
+                nibble.cast_signed() - 8
+            }
+            _ => bytes[(at / STEP * blocks + block) * STEP + at % STEP].cast_signed(),
+        }
+    }
+}
+
+/// Bytes of a block.
+pub(crate) fn block_bytes(packing: Packing) -> usize {
+    if packing == Packing::Int4Block { BLOCK / 2 } else { BLOCK }
+}
+
+/// One row from the order of [`Quantized`] to this one.
+fn interleave(packing: Packing, from: &[u8], to: &mut [u8]) {
+    let bytes = block_bytes(packing);
+    let groups = from.chunks(LANES * bytes).zip(to.chunks_mut(LANES * bytes));
+    for (from, to) in groups {
+        // A row with one scale need not have whole blocks.
+        let blocks = from.len().div_ceil(bytes);
+        for (b, from) in from.chunks(bytes).enumerate() {
+            for (i, to) in to.chunks_exact_mut(blocks * STEP).enumerate() {
+                let to = &mut to[b * STEP..(b + 1) * STEP];
+                for (j, to) in to.iter_mut().enumerate() {
+                    let at = i * STEP + j;
+                    *to = match packing {
+                        Packing::Int4Block => {
+                            // Weights i * 8 + j and i * 8 + 4 + j.
+                            let nibble = |at: usize| {
+                                let byte = from[at % (BLOCK / 2)];
+                                if at < BLOCK / 2 { byte & 15 } else { byte >> 4 }
+                            };
+                            nibble(2 * i * STEP + j) | nibble((2 * i + 1) * STEP + j) << 4
+                        }
+                        _ => from.get(at).copied().unwrap_or(0),
+                    };
+                }
+            }
+        }
+    }
+}
+
+/// Rows of activations as integers with a scale per block, in groups of 16 blocks as above, filled
+/// up with zeros.
+#[derive(Default)]
+pub(crate) struct Activations {
+    quants: Vec<i8>,
+    /// Where they begin on a cache line.
+    start: usize,
+    /// Per block.
+    scales: Vec<f32>,
+    /// Minus the sum of the integers of each block.
+    sums: Vec<i32>,
+    groups: usize,
+}
+
+/// One row of [`Activations`].
+#[derive(Clone, Copy)]
+pub(crate) struct ActivationRow<'a> {
+    pub(crate) quants: &'a [[i8; GROUP]],
+    pub(crate) scales: &'a [[f32; LANES]],
+    pub(crate) sums: &'a [[i32; LANES]],
+}
+
+impl Activations {
+    /// Makes room.
+    pub(crate) fn resize(&mut self, rows: usize, cols: usize) {
+        self.groups = cols.div_ceil(GROUP);
+        let groups = rows * self.groups;
+        if self.quants.len() < groups * GROUP + 63 {
+            self.quants.resize(groups * GROUP + 63, 0);
+            self.start = self.quants.as_ptr().align_offset(64).min(63);
+            self.scales.resize(groups * LANES, 0.0);
+            self.sums.resize(groups * LANES, 0);
+        }
+    }
+
+    /// Rounds rows, on several threads if `parallel`.
+    pub(crate) fn round<'a>(
+        &mut self,
+        isa: Isa,
+        rows: usize,
+        parallel: bool,
+        row: impl Fn(usize) -> &'a [f32] + Sync,
+    ) {
+        let n = self.groups;
+        let all = (&mut self.quants[self.start..][..rows * n * GROUP], GROUP * n);
+        let scales = (&mut self.scales[..rows * n * LANES], LANES * n);
+        let sums = (&mut self.sums[..rows * n * LANES], LANES * n);
+        for_each_rows3(all, scales, sums, parallel, |r, quants, scales, sums| {
+            let x = row(r).chunks(GROUP);
+            let to = quants.as_chunks_mut::<GROUP>().0.iter_mut();
+            let scales = scales.as_chunks_mut::<LANES>().0.iter_mut();
+            let sums = sums.as_chunks_mut::<LANES>().0.iter_mut();
+            with_simd!(isa, _s => {
+                for (((x, to), scales), sums) in x.zip(to).zip(scales).zip(sums) {
+                    round_group(x, to, scales, sums);
+                }
+            });
+        });
+    }
+
+    #[inline(always)]
+    pub(crate) fn row(&self, row: usize) -> ActivationRow<'_> {
+        let n = self.groups;
+        let quants = &self.quants[self.start + row * n * GROUP..][..n * GROUP];
+        let scales = &self.scales[row * n * LANES..(row + 1) * n * LANES];
+        let sums = &self.sums[row * n * LANES..(row + 1) * n * LANES];
+        ActivationRow {
+            quants: quants.as_chunks().0,
+            scales: scales.as_chunks().0,
+            sums: sums.as_chunks().0,
+        }
+    }
+}
+
+/// Rounds up to 16 blocks: `q = round(x / scale)`, ties to even, `scale = max |x| / 127`. Plain loops
+/// over whole blocks, which the compiler makes vectors of.
+#[inline(always)]
+fn round_group(
+    x: &[f32],
+    to: &mut [i8; GROUP],
+    scales: &mut [f32; LANES],
+    sums: &mut [i32; LANES],
+) {
+    let (blocks, rest) = x.as_chunks::<BLOCK>();
+    for (b, block) in blocks.iter().enumerate() {
+        round_block(b, block, to, &mut scales[b], &mut sums[b]);
+    }
+    if x.len() < GROUP {
+        let mut padded = [0.0; BLOCK];
+        padded[..rest.len()].copy_from_slice(rest);
+        round_block(blocks.len(), &padded, to, &mut scales[blocks.len()], &mut sums[blocks.len()]);
+        for b in blocks.len() + 1..LANES {
+            round_block(b, &[0.0; BLOCK], to, &mut scales[b], &mut sums[b]);
+        }
+    }
+}
+
+#[inline(always)]
+fn round_block(
+    b: usize,
+    x: &[f32; BLOCK],
+    to: &mut [i8; GROUP],
+    scale: &mut f32,
+    minus_sum: &mut i32,
+) {
+    // Of numbers without sign the bits are in the order of the values, and NaN comes last: it goes
+    // on, into the scale.
+    let mut largest = 0;
+    for v in x {
+        largest = largest.max(v.to_bits() & 0x7fff_ffff);
+    }
+    *scale = f32::from_bits(largest) / 127.0;
+    let inverse = if *scale >= f32::MIN_POSITIVE { scale.recip() } else { 0.0 };
+    let mut quants = [0i32; BLOCK];
+    for (q, v) in quants.iter_mut().zip(x) {
+        // Adding 1.5 * 2^23 leaves no bits below the point.
+        const MAGIC: f32 = 12_582_912.0;
+        let bits = (v * inverse + MAGIC).to_bits().cast_signed();
+        *q = (bits - MAGIC.to_bits().cast_signed()).clamp(-127, 127);
+    }
+    let mut sum = 0;
+    for q in quants {
+        sum += q;
+    }
+    *minus_sum = -sum;
+    let mut bytes = [0i8; BLOCK];
+    for (to, q) in bytes.iter_mut().zip(quants) {
+        *to = q as i8;
+    }
+    let steps = to.as_chunks_mut::<{ LANES * STEP }>().0;
+    for (to, four) in steps.iter_mut().zip(bytes.as_chunks::<STEP>().0) {
+        to[b * STEP..(b + 1) * STEP].copy_from_slice(four);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use jamba_core::{HostTensor, Param, Role};
+
+    use super::*;
+
+    #[test]
+    fn packing_keeps_every_weight() {
+        for cols in [1, 31, 32, 100, 512, 600, 1024] {
+            let values: Vec<f32> =
+                (0..3 * cols).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0).collect();
+            let param = Param::new("w", Role::Linear, HostTensor::from_f32(vec![3, cols], values));
+            for packing in [Packing::Int8Row, Packing::Int8Block, Packing::Int4Block] {
+                let quantized = || Quantized::new(&param, packing).unwrap();
+                let mut got = vec![0.0; 3 * cols];
+                Packed::new(quantized()).widen(0..3, &mut got);
+                assert_eq!(got, quantized().dequantize(), "{packing:?} of {cols}");
+            }
+        }
+    }
+
+    #[test]
+    fn activations_are_off_by_half_a_scale_at_most() {
+        let x: Vec<f32> = (0..700).map(|i| ((i * 7919) % 1009) as f32 / 504.0 - 1.0).collect();
+        let mut rounded = Activations::default();
+        rounded.resize(1, x.len());
+        rounded.round(Isa::portable(), 1, false, |_| &x);
+        let row = rounded.row(0);
+        for (i, x) in x.iter().enumerate() {
+            let (group, b, at) = (i / GROUP, i / BLOCK % LANES, i % BLOCK);
+            let scale = row.scales[group][b];
+            let q = row.quants[group][at / STEP * LANES * STEP + b * STEP + at % STEP];
+            assert!((f32::from(q) * scale - x).abs() <= 0.5001 * scale, "{i}");
+        }
+    }
+}
