@@ -158,6 +158,22 @@ pub enum Error {
         /// What it said.
         reason: String,
     },
+    /// A chat template cannot be parsed, or refuses what it is given.
+    #[error("{}:{line}: {reason}", path.display())]
+    Template {
+        /// The file that it is in, and its name there if it has one.
+        path: PathBuf,
+        /// Line of the template, from 1; 0 where that is not known.
+        line: usize,
+        /// What is wrong with it, or what it says about the messages.
+        reason: String,
+    },
+    /// A message of a chat is not what it should be.
+    #[error("{reason}")]
+    Message {
+        /// What is wrong with it.
+        reason: String,
+    },
     /// An operand does not have the shape its operator requires.
     #[error("{op}: {what} has shape {got:?}, expected {expected:?}")]
     Shape {

@@ -358,6 +358,12 @@ impl<'a> Generator<'a> {
         &self.prompt_scores
     }
 
+    /// The session, at the end.
+    #[cfg(feature = "chat")]
+    pub(crate) fn into_session(self) -> &'a mut Session {
+        self.session
+    }
+
     fn advance(&mut self) -> Result<Option<Piece>> {
         if self.cancel.is_cancelled() {
             self.end(FinishReason::Cancelled, self.pending());

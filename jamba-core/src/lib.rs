@@ -43,6 +43,7 @@
 //! | [`model`], [`session`] | weights, scratch and state together |
 //! | [`state`], [`fingerprint`] | states as values, and which model they are of |
 //! | [`tokenizer`], [`sampler`], [`generate`](mod@generate), [`beam`], [`logprobs`] | text |
+//! | `chat` (feature `chat`) | messages, templates, tool calls, conversations as state |
 //! | [`engine`] | many requests on one model |
 //! | [`trace`], [`recording`] | activations by name |
 //!
@@ -66,6 +67,8 @@
 pub mod backend;
 pub mod batch;
 pub mod beam;
+#[cfg(feature = "chat")]
+pub mod chat;
 pub mod checkpoint;
 pub mod compose;
 pub mod config;

@@ -10,6 +10,8 @@ use tokenizers::models::ModelWrapper;
 use crate::config::{Fields, missing, read_file, read_json};
 use crate::error::{Error, Result};
 
+#[cfg(feature = "chat")]
+mod chat;
 mod decoder;
 #[cfg(test)]
 mod tests;
@@ -253,7 +255,7 @@ fn refused(path: &Path, reason: impl ToString) -> Error {
 }
 
 /// A token that is written as a string or as an object with `content`.
-fn token_text<'a>(config: &'a Value, key: &'static str) -> Result<Option<&'a str>> {
+pub(crate) fn token_text<'a>(config: &'a Value, key: &'static str) -> Result<Option<&'a str>> {
     match config.get(key) {
         None | Some(Value::Null) => Ok(None),
         Some(value) => match value.get("content").unwrap_or(value).as_str() {

@@ -1,0 +1,221 @@
+//! Jinja as transformers sets it up for chat templates.
+
+use std::borrow::Cow;
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Rest, ValueKind};
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value};
+use minijinja_contrib::pycompat;
+
+use super::json::{Style, number};
+
+/// Characters that no text of a render has: they go through the template unseen.
+#[derive(Clone, Copy)]
+pub(super) struct Marks {
+    /// Inside of what is not to become a special token.
+    pub(super) cut: char,
+    /// Around what a generation block wrote.
+    pub(super) generation: [char; 2],
+}
+
+impl Marks {
+    fn all(self) -> [char; 3] {
+        [self.cut, self.generation[0], self.generation[1]]
+    }
+}
+
+/// Steps of a template: far more than a conversation takes, and an end for a template without one.
+const FUEL: u64 = 50_000_000;
+
+/// What does not depend on what is rendered.
+pub(super) fn environment() -> Environment<'static> {
+    let mut env = Environment::new();
+    env.set_auto_escape_callback(|_| AutoEscape::None);
+    env.set_fuel(Some(FUEL));
+    env.set_unknown_method_callback(method);
+    if let Ok(syntax) = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build() {
+        env.set_syntax(syntax);
+    }
+    // Python writes large and small floats with an exponent.
+    env.set_formatter(|out, state, value| {
+        if value.kind() == ValueKind::Number && !value.is_integer() {
+            return out.write_str(&number(value, ["nan", "inf"])?).map_err(Error::from);
+        }
+        minijinja::escape_formatter(out, state, value)
+    });
+    // In Python, strings and dicts have a length and items too.
+    env.add_test("sequence", |value: Value| {
+        matches!(value.kind(), ValueKind::Seq | ValueKind::String | ValueKind::Map)
+    });
+    env.add_test("iterable", |value: Value| !value.is_none() && value.try_iter().is_ok());
+    // What is no number is the default, not an error.
+    env.add_filter("float", |value: Value, default: Option<Value>| {
+        as_float(&value).map_or(default.unwrap_or(0.0.into()), Value::from)
+    });
+    env.add_filter("int", |value: Value, default: Option<Value>| {
+        let whole = value.as_str().and_then(|text| text.trim().parse::<i64>().ok());
+        let whole = whole.or_else(|| value.as_i64()).or_else(|| {
+            let v = as_float(&value).filter(|v| v.is_finite())?;
+            Some(v.trunc() as i64)
+        });
+        whole.map_or(default.unwrap_or(0.into()), Value::from)
+    });
+    env.add_function("raise_exception", |reason: String| -> Result<Value, Error> {
+        Err(Error::new(ErrorKind::InvalidOperation, reason))
+    });
+    env
+}
+
+fn as_float(value: &Value) -> Option<f64> {
+    match value.as_str() {
+        Some(text) => text.trim().parse().ok(),
+        None => f64::try_from(value.clone()).ok(),
+    }
+}
+
+/// Adds what depends on the texts and on the time (`None`: now).
+pub(super) fn prepare(env: &mut Environment<'_>, marks: Marks, now: Option<jiff::civil::DateTime>) {
+    env.add_filter("tojson", move |value: Value, given: Rest<Value>, named: Kwargs| {
+        Style::new(&given, &named)?.dump(&value, &marks.all())
+    });
+    let [open, close] = marks.generation;
+    env.add_filter("generation", move |said: String| format!("{open}{said}{close}"));
+    env.add_function("strftime_now", move |format: String| {
+        let now = now.unwrap_or_else(|| jiff::ZonedDateTime::now().datetime());
+        jiff::fmt::strtime::format(&format, now).map_err(|error| {
+            Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {error}"))
+        })
+    });
+}
+
+/// Methods of Python's strings, lists and dicts.
+fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
+    match value.as_str().map(|text| string_method(text, name, args)) {
+        Some(Ok(Some(result))) => Ok(result),
+        Some(Err(error)) => Err(error),
+        Some(Ok(None)) | None => pycompat::unknown_method_callback(state, value, name, args),
+    }
+}
+
+/// Methods of strings that minijinja-contrib does not have.
+fn string_method(text: &str, name: &str, args: &[Value]) -> Result<Option<Value>, Error> {
+    use minijinja::value::from_args;
+    let every = |holds: fn(char) -> bool| !text.is_empty() && text.chars().all(holds);
+    Ok(Some(match name {
+        "index" | "rindex" => {
+            let (part,): (&str,) = from_args(args)?;
+            let found = if name == "index" { text.find(part) } else { text.rfind(part) };
+            let Some(at) = found else {
+                return Err(Error::new(ErrorKind::InvalidOperation, "substring not found"));
+            };
+            text[..at].chars().count().into()
+        }
+        "isdigit" | "isdecimal" | "isnumeric" => every(char::is_numeric).into(),
+        "swapcase" => {
+            let swap = |c: char| -> String {
+                if c.is_uppercase() {
+                    c.to_lowercase().collect()
+                } else {
+                    c.to_uppercase().collect()
+                }
+            };
+            text.chars().map(swap).collect::<String>().into()
+        }
+        "casefold" => text.to_lowercase().into(),
+        "removeprefix" => {
+            let (part,): (&str,) = from_args(args)?;
+            text.strip_prefix(part).unwrap_or(text).into()
+        }
+        "removesuffix" => {
+            let (part,): (&str,) = from_args(args)?;
+            text.strip_suffix(part).unwrap_or(text).into()
+        }
+        "partition" | "rpartition" => {
+            let (part,): (&str,) = from_args(args)?;
+            let found = if name == "partition" {
+                text.split_once(part).unwrap_or((text, ""))
+            } else {
+                text.rsplit_once(part).unwrap_or(("", text))
+            };
+            let middle = if text.contains(part) { part } else { "" };
+            Value::from((found.0.to_owned(), middle.to_owned(), found.1.to_owned()))
+        }
+        "rsplit" => {
+            let (part, most): (Option<&str>, Option<i64>) = from_args(args)?;
+            let most = most.and_then(|most| usize::try_from(most).ok()).unwrap_or(usize::MAX);
+            rsplit(text, part, most).into()
+        }
+        _ => return Ok(None),
+    }))
+}
+
+/// `str.rsplit`: at most `most` times, from the end; without a separator at whitespace.
+fn rsplit(text: &str, separator: Option<&str>, most: usize) -> Vec<String> {
+    let mut rest = text;
+    let mut parts = Vec::new();
+    while parts.len() < most {
+        let split = match separator {
+            Some(separator) => rest.rsplit_once(separator),
+            None => {
+                rest = rest.trim();
+                rest.rsplit_once(char::is_whitespace)
+            }
+        };
+        let Some((before, part)) = split else { break };
+        parts.push(part.to_owned());
+        rest = before;
+    }
+    if separator.is_none() {
+        rest = if parts.is_empty() { rest.trim() } else { rest.trim_end() };
+    }
+    if separator.is_some() || !rest.is_empty() {
+        parts.push(rest.to_owned());
+    }
+    parts.reverse();
+    parts
+}
+
+/// Writes in minijinja's way what it does in another than Jinja2. `{% generation %}` becomes a
+/// filter over the block; the newline after `{% raw %}` stays. No line moves.
+pub(super) fn translated(source: &str) -> Cow<'_, str> {
+    if !source.contains("generation") && !source.contains("raw") {
+        return source.into();
+    }
+    let mut out = String::with_capacity(source.len() + 64);
+    let mut rest = source;
+    while let Some(at) = rest.find("{%").into_iter().chain(rest.find("{#")).min() {
+        let is_comment = rest[at..].starts_with("{#");
+        let end = if is_comment { "#}" } else { "%}" };
+        let Some(length) = rest[at..].find(end) else { break };
+        let (tag, after) = rest[at..].split_at(length + end.len());
+        out.push_str(&rest[..at]);
+        rest = after;
+        let inner = tag[2..length].trim_start_matches(['-', '+']);
+        let inner = inner.trim_end_matches(['-', '+']).trim();
+        match inner {
+            _ if is_comment => out.push_str(tag),
+            "generation" => out.push_str(&tag.replacen("generation", "filter generation", 1)),
+            "endgeneration" => out.push_str(&tag.replacen("endgeneration", "endfilter", 1)),
+            "raw" => {
+                let trims = tag.ends_with("-%}") || tag.ends_with("+%}");
+                out.push_str(if trims { tag } else { &tag[..length] });
+                out.push_str(if trims { "" } else { "+%}" });
+                // As it is, up to its end.
+                let raw_end = end_of_raw(rest);
+                out.push_str(&rest[..raw_end]);
+                rest = &rest[raw_end..];
+            }
+            _ => out.push_str(tag),
+        }
+    }
+    out.push_str(rest);
+    out.into()
+}
+
+/// Where `{% endraw %}` begins.
+fn end_of_raw(source: &str) -> usize {
+    let ends = source.match_indices("{%").find(|(at, _)| {
+        source[at + 2..].trim_start_matches(['-', '+']).trim_start().starts_with("endraw")
+    });
+    ends.map_or(source.len(), |(at, _)| at)
+}
