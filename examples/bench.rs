@@ -140,7 +140,7 @@ fn kept(backend: BackendName, config: &Config, format: WeightFormat) -> (Config,
     let mut kept = config.clone();
     let (dtype, format) = match backend {
         BackendName::Cuda => (Some(Dtype::Bf16), format),
-        BackendName::Cpu => (config.dtype, format),
+        BackendName::Cpu | BackendName::CpuF32 => (config.dtype, format),
         BackendName::CudaF32 => (Some(Dtype::F32), format),
         // What it quantises it keeps dequantised.
         BackendName::Reference => (Some(Dtype::F32), WeightFormat::Stored),

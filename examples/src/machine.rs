@@ -36,13 +36,14 @@ impl Machine {
     /// [`Error::Memory`](jamba_core::Error::Memory), or what the GPU reports.
     pub fn measure(backend: BackendName) -> Result<Self> {
         match backend {
-            BackendName::Cpu | BackendName::Reference => Self::cpu(),
+            BackendName::Cpu => Self::cpu(true),
+            BackendName::CpuF32 | BackendName::Reference => Self::cpu(false),
             BackendName::Cuda => Self::cuda(false),
             BackendName::CudaF32 => Self::cuda(true),
         }
     }
 
-    fn cpu() -> Result<Self> {
+    fn cpu(with_bf16: bool) -> Result<Self> {
         let probe = jamba_cpu::probe()?;
         let bf16 = probe.bf16_tflop_per_s;
         let also = bf16.map_or(String::new(), |rate| format!(", of bf16 {rate:.3}"));
@@ -52,7 +53,7 @@ impl Machine {
                 probe.threads, probe.isa, probe.read_gb_per_s, probe.f32_tflop_per_s
             ),
             bandwidth: 1e9 * probe.read_gb_per_s,
-            products: 1e12 * bf16.unwrap_or(0.0).max(probe.f32_tflop_per_s),
+            products: 1e12 * bf16.filter(|_| with_bf16).unwrap_or(probe.f32_tflop_per_s),
             measured: json!({
                 "threads": probe.threads,
                 "isa": probe.isa,

@@ -37,6 +37,8 @@ use crate::generate::{CancelToken, GenerateOptions, Writer};
 use crate::model::LanguageModel;
 use crate::tokenizer::Tokenizer;
 
+#[cfg(feature = "async")]
+mod asynchronous;
 mod channel;
 #[cfg(all(test, loom))]
 mod loom;

@@ -159,7 +159,7 @@ pub enum Error {
         reason: String,
     },
     /// A chat template cannot be parsed, or refuses what it is given.
-    #[error("{}:{line}: {reason}", path.display())]
+    #[error("{}:{line}: {}", escaped(path.display()), escaped(reason))]
     Template {
         /// The file that it is in, and its name there if it has one.
         path: PathBuf,
@@ -169,7 +169,7 @@ pub enum Error {
         reason: String,
     },
     /// A message of a chat is not what it should be.
-    #[error("{reason}")]
+    #[error("{}", escaped(reason))]
     Message {
         /// What is wrong with it.
         reason: String,

@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::environment::{Marks, environment, prepare, translated};
 use super::message::Chat;
 use super::rendered::Rendered;
-use crate::config::read_json;
+use crate::config::{read_file, read_json};
 use crate::error::{Error, Result};
 use crate::tokenizer::{Tokenizer, token_text};
 
@@ -75,16 +75,17 @@ impl ChatTemplate {
         let tokenizer_config = read_json(&config)?.unwrap_or_default();
         let special = special_tokens(&tokenizer_config)?;
         let jinja = folder.join("chat_template.jinja");
-        if jinja.is_file() {
+        if jinja.exists() {
             let mut sources = additional(&folder.join("additional_chat_templates"))?;
             sources.insert(DEFAULT.into(), read(&jinja)?);
             return Self::build(jinja, sources, special).map(Some);
         }
-        let legacy = folder.join("chat_template.json");
+        let (legacy, file) = (folder.join("chat_template.json"), "chat_template.json");
+        let legacy_config = read_json(&legacy)?.unwrap_or_default();
         let files =
-            [(config, tokenizer_config), (legacy.clone(), read_json(&legacy)?.unwrap_or_default())];
-        for (path, file) in files {
-            let sources = named(&file)?;
+            [(config, "tokenizer_config.json", tokenizer_config), (legacy, file, legacy_config)];
+        for (path, file, value) in files {
+            let sources = named(&value, file)?;
             if !sources.is_empty() {
                 return Self::build(path, sources, special).map(Some);
             }
@@ -102,10 +103,14 @@ impl ChatTemplate {
         let config = read_json(&model.as_ref().join("tokenizer_config.json"))?.unwrap_or_default();
         let special = special_tokens(&config)?;
         let sources = if path.extension().is_some_and(|extension| extension == "json") {
-            named(&read_json(&path)?.unwrap_or_default())?
+            named(&read_json(&path)?.unwrap_or_default(), "chat_template.json")?
         } else {
             BTreeMap::from([(DEFAULT.into(), read(&path)?)])
         };
+        if sources.is_empty() {
+            let reason = "there is no such file, or it has no field `chat_template`".into();
+            return Err(Error::Template { path, line: 0, reason });
+        }
         Self::build(path, sources, special)
     }
 
@@ -252,8 +257,13 @@ fn refused(path: &Path, error: &minijinja::Error) -> Error {
     Error::Template { path, line: error.line().unwrap_or(0), reason }
 }
 
+/// Bytes of a template at most.
+const MAX_TEMPLATE: u64 = 16 << 20;
+
 fn read(path: &Path) -> Result<String> {
-    std::fs::read_to_string(path).map_err(Error::io(path))
+    let missing = || Error::io(path)(std::io::ErrorKind::NotFound.into());
+    let bytes = read_file(path, MAX_TEMPLATE)?.ok_or_else(missing)?;
+    String::from_utf8(bytes).map_err(|e| Error::io(path)(std::io::Error::other(e)))
 }
 
 /// Templates beside the first, by the names of their files.
@@ -273,8 +283,9 @@ fn additional(folder: &Path) -> Result<BTreeMap<String, String>> {
 }
 
 /// The templates in the field `chat_template`: a string, or a list of `{name, template}`.
-fn named(config: &Value) -> Result<BTreeMap<String, String>> {
+fn named(config: &Value, file: &'static str) -> Result<BTreeMap<String, String>> {
     let refused = |value: &Value| Error::Config {
+        file,
         field: "chat_template",
         value: value.to_string(),
         allowed: "a string, or a list of objects with `name` and `template`, is expected".into(),
