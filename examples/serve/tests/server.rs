@@ -301,9 +301,7 @@ async fn completions_of_texts_and_ids() {
     server.end().await;
 }
 
-/// A template whose prompt makes the greedy demo model go on with the given ids cannot be made: the
-/// reply is begun in the prompt, and tags are put together by the parser's own tests. Here the
-/// template tells what it was given.
+/// The demo model calls no tools (what is heard of calls: `reply.rs`): the template tells what it got.
 #[tokio::test(flavor = "multi_thread")]
 async fn tools_and_messages_reach_the_template() {
     let template = "{% for m in messages %}{% if m.tool_calls %}{{ m.tool_calls[0].function.arguments.town }}{% endif %}\
