@@ -1,7 +1,7 @@
 //! A server with OpenAI's API on an [`Engine`].
 //!
-//! A request goes one way: [`request`] reads it, [`Server::start`] submits it, [`reply`] turns the
-//! engine's streams into parts of the answer, [`answer`] sends them at once or as they come.
+//! A request goes one way: `request` reads it, `Server::start` submits it, `reply` turns the
+//! engine's streams into parts of the answer, `answer` sends them at once or as they come.
 
 use std::collections::HashMap;
 use std::future::Future;
