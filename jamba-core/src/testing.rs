@@ -1,6 +1,7 @@
 //! A [`Runner`] without a model: for tests of what stands above one.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crate::backend::{Limits, StatePart};
@@ -9,6 +10,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Hasher};
 use crate::model::Runner;
+use crate::sampler::{self, Sampled};
 use crate::session::Session;
 use crate::trace::{Detail, Listener};
 
@@ -35,6 +37,8 @@ pub(crate) struct Script {
     pub(crate) length: usize,
     pub(crate) keys: Vec<u32>,
     pub(crate) logits: Vec<f32>,
+    /// How many times the logits were read.
+    pub(crate) reads: Arc<AtomicUsize>,
 }
 
 /// What both tokenizer and model of the tests know.
@@ -69,6 +73,7 @@ impl Script {
             length: 0,
             keys: vec![0; limits.context],
             logits: Vec::new(),
+            reads: Arc::default(),
         }
     }
 
@@ -137,7 +142,12 @@ impl Runner for Script {
     }
 
     fn logits(&self) -> Result<Vec<f32>> {
+        self.reads.fetch_add(1, Ordering::Relaxed);
         Ok(self.logits.clone())
+    }
+
+    fn greedy(&self) -> Result<Vec<Option<Sampled>>> {
+        Ok(self.logits.chunks_exact(self.config.vocab_size).map(sampler::greedy).collect())
     }
 
     fn reset(&mut self, _: usize) -> Result<()> {
@@ -225,8 +235,8 @@ impl Runner for Script {
     }
 
     fn sibling(&self, limits: Limits) -> Result<Box<dyn Runner>> {
-        let (say, heard) = (self.say.clone(), self.heard.clone());
+        let (say, heard, reads) = (self.say.clone(), self.heard.clone(), self.reads.clone());
         let Self { invariant, fails_at, .. } = *self;
-        Ok(Box::new(Self { say, heard, invariant, fails_at, ..Self::new(limits) }))
+        Ok(Box::new(Self { say, heard, reads, invariant, fails_at, ..Self::new(limits) }))
     }
 }

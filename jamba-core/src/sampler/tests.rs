@@ -353,3 +353,32 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn the_plain_greedy_choice_is_the_samplers() {
+    for at in 0..LOGITS.len() {
+        let mut logits = LOGITS;
+        logits.rotate_left(at);
+        let expected = sampler(Sampling::greedy()).sample(&logits).unwrap();
+        assert_eq!(greedy(&logits), Some(expected));
+    }
+    assert_eq!(greedy(&[1.0, 2.0, 0.0, 2.0]).unwrap().id, 1, "of equal ones the lowest");
+    for unusable in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        assert_eq!(greedy(&[1.0, unusable, 0.0]), None);
+    }
+    assert_eq!(greedy(&[]), None);
+}
+
+#[test]
+fn what_changes_scores_is_not_plain() {
+    let greedy = Sampling::greedy();
+    assert!(greedy.is_plain_greedy());
+    let others = [
+        Sampling { temperature: 0.5, ..greedy.clone() },
+        Sampling { logit_bias: vec![(1, 0.5)], ..greedy.clone() },
+        Sampling { repetition_penalty: 1.1, ..greedy.clone() },
+        Sampling { presence_penalty: 0.1, ..greedy.clone() },
+        Sampling { frequency_penalty: 0.1, ..greedy.clone() },
+    ];
+    assert!(others.iter().all(|sampling| !sampling.is_plain_greedy()));
+}

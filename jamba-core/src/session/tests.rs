@@ -1,4 +1,6 @@
 use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
@@ -12,8 +14,12 @@ const CONTEXT: usize = 100;
 
 /// It fails where a token is 9.
 fn session(invariant: bool) -> (Session, Heard) {
+    script(invariant).session()
+}
+
+fn script(invariant: bool) -> Script {
     let limits = Limits { slots: 1, context: CONTEXT, tokens: 8, outputs: 8 };
-    Script { invariant, fails_at: Some(9), ..Script::new(limits) }.session()
+    Script { invariant, fails_at: Some(9), ..Script::new(limits) }
 }
 
 /// Position and length of the steps.
@@ -63,6 +69,39 @@ fn a_failed_step_can_be_rewound() {
     assert_eq!((rewound, s.position()), (Rewound { checkpoint: Some(4), replayed: 2 }, 6));
     s.append(&[1]).unwrap();
     assert_eq!(take(&heard), [(4, 2), (6, 1)]);
+}
+
+#[test]
+fn logits_of_greedy_steps_are_read_when_they_are_asked_for() {
+    let script = Script { say: Some(Arc::new(|_| Some(5))), ..script(true) };
+    let reads = script.reads.clone();
+    let reads = || reads.load(Ordering::Relaxed);
+    let (mut s, heard) = script.session();
+    for _ in 0..3 {
+        assert_eq!(s.append_greedy(&[1; 3]).unwrap().id, 5);
+    }
+    assert_eq!((reads(), take(&heard).len()), (0, 3));
+    assert_eq!(s.last_logits().len(), s.config().vocab_size);
+    assert_eq!((s.logits().len(), reads()), (s.config().vocab_size, 1));
+
+    s.append_greedy(&[1]).unwrap();
+    assert_eq!(s.snapshot().unwrap().logits().len(), s.config().vocab_size);
+    s.append(&[1]).unwrap();
+    assert!(s.chosen().is_none(), "the logits are here");
+    s.append_greedy(&[1]).unwrap();
+    s.reset().unwrap();
+    assert!(s.chosen().is_none() && s.logits().is_empty());
+}
+
+#[test]
+fn a_greedy_step_without_finite_logits_is_an_error() {
+    let say = |tokens| (tokens != 3).then_some(5);
+    let (mut s, _) = Script { say: Some(Arc::new(say)), ..script(true) }.session();
+    s.append_greedy(&[1, 2]).unwrap();
+    assert!(matches!(s.append_greedy(&[8]), Err(Error::NonFinite { position: 3 })));
+    assert!(matches!(s.append_greedy(&[1]), Err(Error::Poisoned)));
+    s.rewind(0).unwrap();
+    assert_eq!(s.append_greedy(&[1, 1]).unwrap().id, 5);
 }
 
 #[derive(Clone, Debug)]
