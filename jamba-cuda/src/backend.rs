@@ -1,6 +1,7 @@
 //! [`CudaBackend`]: the operators on one card.
 
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use jamba_core::backend::{
@@ -76,7 +77,8 @@ impl CudaBackend {
         libraries::driver()?;
         libraries::nvrtc()?;
         libraries::cublaslt()?;
-        let device = Arc::new(Device::open(options.ordinal)?);
+        let device =
+            Arc::new(Device::open(options.ordinal, options.is_guarded.then(Arc::default))?);
         let cache = Cache::new(options.cache.folder());
         let loader = Loader::new(device.clone(), options.precision, cache)?;
         Ok(Self {
@@ -131,13 +133,12 @@ impl CudaBackend {
         self.device.synchronize()
     }
 
-    /// All rows that a tensor is allocated for, those in use first: for tests that nothing else
-    /// was written.
-    #[doc(hidden)]
-    pub fn read_allocated(&self, x: &Tensor) -> Result<Vec<f32>, Error> {
-        let mut values = vec![0f32; x.capacity() * x.cols()];
-        self.device.download(x.buffer(), 0, bytemuck::cast_slice_mut(&mut values))?;
-        Ok(values)
+    /// How many allocations were written beyond, of those that were freed so far: 0, if the
+    /// backend was made with [`is_guarded`](CudaOptions::is_guarded) and is right. It can be asked
+    /// after the backend is gone, and so all its memory.
+    pub fn overruns(&self) -> impl Fn() -> usize + Send + use<> {
+        let overruns = self.device.overruns();
+        move || overruns.load(Ordering::Relaxed)
     }
 
     /// The kernels that are specialised to the sizes of a model.
@@ -229,6 +230,7 @@ impl Backend for CudaBackend {
     }
 
     fn read(&self, src: Cols<'_, Tensor>) -> Result<Vec<f32>> {
+        shape::read(&src)?;
         let [rows, cols] = src.tensor.shape();
         let mut values = vec![0f32; rows * cols];
         self.device.download(src.tensor.buffer(), 0, bytemuck::cast_slice_mut(&mut values))?;
@@ -326,6 +328,7 @@ impl Backend for CudaBackend {
 
     fn embed(&self, table: &Weight, state: &State, out: &mut Tensor) -> Result<()> {
         shape::embed(table, out)?;
+        state.batch.check_ids(table.shape()[0])?;
         out.resize("embed", state.batch.tokens)?;
         self.embed.run(&self.device, table, &state.batch, out)
     }

@@ -4,6 +4,7 @@
 use std::ffi::c_void;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute, CUresult};
 use cudarc::driver::{
@@ -23,7 +24,15 @@ pub(crate) struct Device {
     capability: (i32, i32),
     multiprocessors: usize,
     shared_limit: usize,
+    guards: Option<Overruns>,
 }
+
+/// How many allocations were written beyond, of those that were freed.
+pub(crate) type Overruns = Arc<AtomicUsize>;
+
+/// Bytes before and after a guarded allocation, and what they hold.
+const GUARD: usize = 256;
+const GUARD_BYTE: u8 = 0xa5;
 
 /// A [`DriverError`] while doing something.
 pub(crate) fn driver_error(what: &'static str) -> impl Fn(DriverError) -> Error {
@@ -37,8 +46,9 @@ pub(crate) fn driver_error(what: &'static str) -> impl Fn(DriverError) -> Error 
 }
 
 impl Device {
-    /// Opens the card of this number.
-    pub(crate) fn open(ordinal: usize) -> Result<Self> {
+    /// Opens the card of this number. Where `guards` are given, every allocation lies between
+    /// bytes that nobody may write, and those that somebody did are counted when it is freed.
+    pub(crate) fn open(ordinal: usize, guards: Option<Overruns>) -> Result<Self> {
         libraries::driver()?;
         let count = match CudaContext::device_count() {
             Err(DriverError(CUresult::CUDA_ERROR_NO_DEVICE)) => 0,
@@ -58,7 +68,17 @@ impl Device {
             attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let capability = ctx.compute_capability().map_err(driver_error("compute capability"))?;
         let (multiprocessors, shared_limit) = (sms.max(1) as usize, shared.max(0) as usize);
-        Ok(Self { ctx, stream, name, capability, multiprocessors, shared_limit })
+        Ok(Self { ctx, stream, name, capability, multiprocessors, shared_limit, guards })
+    }
+
+    /// Whether there are guards around allocations.
+    pub(crate) fn is_guarded(&self) -> bool {
+        self.guards.is_some()
+    }
+
+    /// How many allocations were written beyond.
+    pub(crate) fn overruns(&self) -> Overruns {
+        self.guards.clone().unwrap_or_default()
     }
 
     /// Name of the card.
@@ -106,46 +126,70 @@ impl Device {
     pub(crate) fn alloc(&self, bytes: usize) -> Result<Buffer> {
         // An allocation of nothing is an error to the driver.
         let len = bytes.max(16);
-        // SAFETY: every byte is written by the memset below, before anything can read it.
-        let slice = unsafe { self.stream.alloc::<u8>(len) };
+        let guard = if self.guards.is_some() { GUARD } else { 0 };
+        // SAFETY: every byte is written by a memset below, before anything can read it.
+        let slice = unsafe { self.stream.alloc::<u8>(len.saturating_add(2 * guard)) };
         let slice = slice.map_err(|e| match (e.0, self.memory()) {
             (CUresult::CUDA_ERROR_OUT_OF_MEMORY, Ok((free, total))) => {
                 Error::OutOfMemory { bytes, free, total }
             }
             _ => driver_error("allocating memory")(e),
         })?;
-        let ptr = slice.device_ptr(&self.stream).0;
-        let mut buffer = Buffer { slice, ptr, bytes };
-        self.zero(&mut buffer, 0..len)?;
+        let ptr = slice.device_ptr(&self.stream).0 + guard as u64;
+        let mut buffer = Buffer { slice, ptr, bytes, guards: None };
+        if let Some(overruns) = &self.guards {
+            self.fill(buffer.ptr - GUARD as u64, GUARD_BYTE, len + 2 * GUARD)?;
+            buffer.guards = Some((self.stream.clone(), overruns.clone()));
+        }
+        self.fill(buffer.ptr, 0, if guard > 0 { bytes } else { len })?;
         Ok(buffer)
+    }
+
+    fn fill(&self, ptr: u64, value: u8, bytes: usize) -> Result<()> {
+        self.bind()?;
+        // SAFETY: called with ranges of allocations of this device only.
+        let filled = unsafe { result::memset_d8_async(ptr, value, bytes, self.stream.cu_stream()) };
+        filled.map_err(driver_error("filling memory"))
+    }
+
+    /// Makes what is not written yet conspicuous, where allocations are guarded: as f32 and as
+    /// bf16 it is NaN.
+    pub(crate) fn poison(&self, buffer: &mut Buffer) -> Result<()> {
+        match self.guards {
+            Some(_) if buffer.bytes > 0 => self.fill(buffer.ptr, 0xff, buffer.bytes),
+            _ => Ok(()),
+        }
     }
 
     /// Fills a range of bytes with zeros.
     pub(crate) fn zero(&self, buffer: &mut Buffer, range: Range<usize>) -> Result<()> {
-        let beyond = buffer.beyond(&range);
-        let Some(mut view) = buffer.slice.try_slice_mut(range) else { return Err(beyond) };
-        if view.is_empty() {
+        buffer.check(&range)?;
+        if range.is_empty() {
             return Ok(());
         }
-        self.stream.memset_zeros(&mut view).map_err(driver_error("filling memory"))
+        self.fill(buffer.ptr + range.start as u64, 0, range.len())
     }
 
     /// Copies to the device. The source may change as soon as this returns.
     pub(crate) fn upload(&self, dst: &mut Buffer, offset: usize, src: &[u8]) -> Result<()> {
         let range = offset..offset.saturating_add(src.len());
-        let beyond = dst.beyond(&range);
-        let Some(mut view) = dst.slice.try_slice_mut(range) else { return Err(beyond) };
+        dst.check(&range)?;
         if src.is_empty() {
             return Ok(());
         }
+        let range = dst.within_slice(&range);
+        let Some(mut view) = dst.slice.try_slice_mut(range.clone()) else {
+            return Err(dst.beyond(&range));
+        };
         self.stream.memcpy_htod(src, &mut view).map_err(driver_error("copying to the device"))
     }
 
     /// Copies from the device, after all work given so far.
     pub(crate) fn download(&self, src: &Buffer, offset: usize, dst: &mut [u8]) -> Result<()> {
         let range = offset..offset.saturating_add(dst.len());
-        let beyond = src.beyond(&range);
-        let Some(view) = src.slice.try_slice(range) else { return Err(beyond) };
+        src.check(&range)?;
+        let range = src.within_slice(&range);
+        let Some(view) = src.slice.try_slice(range.clone()) else { return Err(src.beyond(&range)) };
         if !dst.is_empty() {
             let copied = self.stream.memcpy_dtoh(&view, dst);
             copied.map_err(driver_error("copying from the device"))?;
@@ -155,13 +199,16 @@ impl Device {
 
     /// Copies from the start of one buffer to that of another.
     pub(crate) fn copy(&self, src: &Buffer, dst: &mut Buffer, bytes: usize) -> Result<()> {
-        let beyond = src.beyond(&(0..bytes));
-        let (Some(src), Some(mut dst)) =
-            (src.slice.try_slice(..bytes), dst.slice.try_slice_mut(..bytes))
-        else {
-            return Err(beyond);
-        };
-        self.stream.memcpy_dtod(&src, &mut dst).map_err(driver_error("copying on the device"))
+        src.check(&(0..bytes))?;
+        dst.check(&(0..bytes))?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: both buffers have so many bytes, as checked above, and are different ones.
+        let copied =
+            unsafe { result::memcpy_dtod_async(dst.ptr, src.ptr, bytes, self.stream.cu_stream()) };
+        copied.map_err(driver_error("copying on the device"))
     }
 
     /// Copies `bytes` within a buffer, from one offset to another; the two must not overlap.
@@ -173,10 +220,7 @@ impl Device {
         bytes: usize,
     ) -> Result<()> {
         for start in [from, to] {
-            let range = start..start.saturating_add(bytes);
-            if range.end > buffer.bytes {
-                return Err(buffer.beyond(&range));
-            }
+            buffer.check(&(start..start.saturating_add(bytes)))?;
         }
         if bytes == 0 || from == to {
             return Ok(());
@@ -231,6 +275,8 @@ pub(crate) struct Buffer {
     slice: CudaSlice<u8>,
     ptr: u64,
     bytes: usize,
+    /// To look at the bytes around it.
+    guards: Option<(Arc<CudaStream>, Overruns)>,
 }
 
 impl Buffer {
@@ -243,9 +289,39 @@ impl Buffer {
         Error::Range { range: range.clone(), allocated: self.bytes }
     }
 
+    fn check(&self, range: &Range<usize>) -> Result<()> {
+        if range.end > self.bytes { Err(self.beyond(range)) } else { Ok(()) }
+    }
+
+    fn within_slice(&self, range: &Range<usize>) -> Range<usize> {
+        let guard = if self.guards.is_some() { GUARD } else { 0 };
+        range.start + guard..range.end + guard
+    }
+
+    /// Whether the bytes around the allocation are as they were. A device that fails is not asked.
+    fn is_intact(&self, stream: &Arc<CudaStream>) -> bool {
+        let after = GUARD + self.bytes;
+        [0..GUARD, after..after + GUARD].into_iter().all(|range| {
+            let mut bytes = [GUARD_BYTE; GUARD];
+            let Some(view) = self.slice.try_slice(range) else { return false };
+            let read = stream.memcpy_dtoh(&view, &mut bytes).and_then(|()| stream.synchronize());
+            read.is_err() || bytes == [GUARD_BYTE; GUARD]
+        })
+    }
+
     /// Its size as asked for.
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if let Some((stream, overruns)) = &self.guards
+            && !self.is_intact(stream)
+        {
+            overruns.fetch_add(1, Ordering::Relaxed);
+        }
     }
 }
 

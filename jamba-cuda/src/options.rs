@@ -45,4 +45,7 @@ pub struct CudaOptions {
     pub format: WeightFormat,
     /// Where compiled kernels are kept.
     pub cache: KernelCache,
+    /// For tests: every allocation lies between bytes that are looked at when it is freed, and
+    /// what was not written is NaN ([`CudaBackend::overruns`](crate::CudaBackend::overruns)).
+    pub is_guarded: bool,
 }

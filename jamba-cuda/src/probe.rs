@@ -31,7 +31,7 @@ pub struct Probe {
 /// [`Error::Missing`](crate::Error::Missing) without a driver,
 /// [`Error::NoDevice`](crate::Error::NoDevice), [`Error::Driver`](crate::Error::Driver).
 pub fn memory_used(ordinal: usize) -> Result<u64> {
-    let (free, total) = Device::open(ordinal)?.memory()?;
+    let (free, total) = Device::open(ordinal, None)?.memory()?;
     Ok((total - free) as u64)
 }
 

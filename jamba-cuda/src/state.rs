@@ -72,7 +72,8 @@ pub(crate) struct Staged {
     pub(crate) longest: usize,
     /// Positions after the step, of the run that then has most.
     pub(crate) positions: usize,
-    pub(crate) largest_token: u32,
+    /// And where it is.
+    largest_token: (u32, usize),
 }
 
 /// Bytes of one element of the KV cache.
@@ -104,8 +105,17 @@ impl Staged {
             shortest: 0,
             longest: 0,
             positions: 0,
-            largest_token: 0,
+            largest_token: (0, 0),
         })
+    }
+
+    /// Whether every token is a row of a table of so many.
+    pub(crate) fn check_ids(&self, vocab_size: usize) -> jamba_core::Result<()> {
+        let (id, index) = self.largest_token;
+        if self.tokens > 0 && id as usize >= vocab_size {
+            return Err(jamba_core::Error::Token { id, index, vocab_size });
+        }
+        Ok(())
     }
 
     /// Where the output rows start; an even number of words, as the pairs after them need.
@@ -184,7 +194,8 @@ impl Staged {
         self.shortest = runs.iter().map(|run| run.len).min().unwrap_or(0);
         self.longest = runs.iter().map(|run| run.len).max().unwrap_or(0);
         self.positions = runs.iter().map(|run| run.position + run.len).max().unwrap_or(0);
-        self.largest_token = batch.tokens().iter().copied().max().unwrap_or(0);
+        let tokens = batch.tokens().iter().copied().zip(0..);
+        self.largest_token = tokens.max_by_key(|(id, _)| *id).unwrap_or((0, 0));
         Ok(())
     }
 }
@@ -379,6 +390,11 @@ impl State {
         positions: Range<usize>,
     ) -> jamba_core::Result<Vec<(usize, usize)>> {
         self.check(slot, positions.end)?;
+        if positions.start > positions.end {
+            let allowed = format!("but the last is {}", positions.end);
+            let (what, got) = ("first position", positions.start);
+            return Err(jamba_core::Error::Batch { what, got, allowed });
+        }
         let channels = |of: &Channels| {
             let len = of.channels * of.per_channel;
             vec![(slot * len, len)]

@@ -28,7 +28,8 @@ impl Tensor {
                 return Err(Error::Size { op: "alloc", what, got, allowed });
             }
         }
-        let buffer = device.alloc(4 * capacity * cols)?;
+        let mut buffer = device.alloc(4 * capacity * cols)?;
+        device.poison(&mut buffer)?;
         Ok(Self { buffer, rows: 0, cols, capacity })
     }
 
@@ -70,6 +71,10 @@ impl Tensor {
 impl Shaped for Tensor {
     fn shape(&self) -> [usize; 2] {
         [self.rows, self.cols]
+    }
+
+    fn capacity(&self) -> usize {
+        self.capacity
     }
 }
 

@@ -1,7 +1,7 @@
 //! Parameters on the device.
 
 use half::{bf16, f16};
-use jamba_core::shape::Shaped;
+use jamba_core::shape::{self, Shaped};
 use jamba_core::{Dtype, HostTensor, Param, Role};
 
 use crate::device::{Buffer, Device};
@@ -19,6 +19,7 @@ pub struct Weight {
     ld: usize,
     element: Dtype,
     matrix: bool,
+    role: Role,
 }
 
 /// Bytes that a parameter of this role and shape takes on the device.
@@ -44,15 +45,10 @@ impl Weight {
         param: &Param,
         precision: Precision,
     ) -> jamba_core::Result<Self> {
-        let shape @ [rows, cols] = param.matrix_shape();
-        let held: usize = param.parts.iter().map(elements).sum();
-        if held != rows * cols || param.parts.iter().any(|p| !elements(p).is_multiple_of(cols)) {
-            let (expected, got) = (shape, [held, 1]);
-            return Err(jamba_core::Error::Shape { op: "upload", what: "parts", expected, got });
-        }
+        let shape @ [rows, cols] = shape::upload(param)?;
         let (element, ld, matrix) = form(param.role, cols, precision);
         let buffer = device.alloc(rows * ld * element.size())?;
-        let mut weight = Self { buffer, shape, ld, element, matrix };
+        let mut weight = Self { buffer, shape, ld, element, matrix, role: param.role };
         let mut row = 0;
         for part in &param.parts {
             weight.upload(device, part, row)?;
@@ -109,6 +105,10 @@ impl Weight {
 impl Shaped for Weight {
     fn shape(&self) -> [usize; 2] {
         self.shape
+    }
+
+    fn role(&self) -> Option<Role> {
+        Some(self.role)
     }
 }
 

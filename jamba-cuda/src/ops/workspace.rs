@@ -17,7 +17,8 @@ impl Workspace {
             _ => {
                 // Freed first, so that both need not fit together.
                 self.0 = None;
-                let buffer = device.alloc(bytes)?;
+                let mut buffer = device.alloc(bytes)?;
+                device.poison(&mut buffer)?;
                 let ptr = buffer.ptr();
                 self.0 = Some(buffer);
                 Ok(ptr)

@@ -3,20 +3,22 @@
 use std::process::Command;
 
 use jamba_core::backend::Backend;
-use jamba_core::{Batch, Config, Limits, Model, ModelRunner, Outputs, Runner};
+use jamba_core::weights::ParamSpec;
+use jamba_core::{Batch, Config, Limits, Model, ModelRunner, Outputs, Param, ParamSource, Runner};
 use jamba_cuda::{CudaBackend, CudaOptions, Error, KernelCache, Precision};
 use libtest_mimic::{Failed, Trial};
 
-use crate::support::{Random, cache, open};
+use crate::support::{cache, check, guarded, open, random, small};
 
-pub(crate) fn trials(present: bool) -> Vec<Trial> {
-    let trial = |name, run: fn() -> Result<(), Failed>| {
-        Trial::test(format!("faults::{name}"), run).with_ignored_flag(!present)
-    };
+pub(crate) fn trials() -> Vec<Trial> {
+    let trial = |name, run: fn() -> Result<(), Failed>| Trial::test(format!("faults::{name}"), run);
     vec![
         trial("no_such_device", no_such_device),
         trial("what_does_not_fit", what_does_not_fit),
+        trial("weights_that_do_not_fit", weights_that_do_not_fit),
         trial("out_of_memory", out_of_memory),
+        trial("guards_see_what_is_written_beyond", guards),
+        trial("others_go_on", others_go_on),
         trial("damaged_cache", damaged_cache),
         trial("a_kernel_that_fails", a_kernel_that_fails),
     ]
@@ -41,10 +43,6 @@ fn options(ordinal: usize) -> CudaOptions {
     CudaOptions { ordinal, cache: cache(), ..CudaOptions::default() }
 }
 
-fn check(holds: bool, otherwise: impl Into<Failed>) -> Result<(), Failed> {
-    if holds { Ok(()) } else { Err(otherwise.into()) }
-}
-
 fn no_such_device() -> Result<(), Failed> {
     match CudaBackend::new(99) {
         Err(Error::NoDevice { ordinal: 99, count }) => check(count > 0, "it counts none"),
@@ -58,7 +56,7 @@ fn what_does_not_fit() -> Result<(), Failed> {
     let limits = Limits { slots: 1 << 12, context: 1 << 20, tokens: 16, outputs: 1 };
     let plan = backend.plan(&config, &limits)?;
     check(plan.check().is_err(), plan.to_string())?;
-    let model = Model::new(config, &Random(1), backend)?;
+    let model = random(config, 1, backend)?;
     match ModelRunner::new(model.clone(), limits).err() {
         Some(error) => check(error.to_string().contains("GiB are free"), error.to_string())?,
         None => return Err("a KV cache of terabytes was allocated".into()),
@@ -66,6 +64,40 @@ fn what_does_not_fit() -> Result<(), Failed> {
     let small = Limits { slots: 1, context: 64, tokens: 16, outputs: 1 };
     ModelRunner::new(model, small)?;
     Ok(())
+}
+
+/// A source that nobody may ask.
+struct Untouched;
+
+impl ParamSource for Untouched {
+    fn param(&self, spec: &ParamSpec) -> jamba_core::Result<Param> {
+        let what = format!("loading {} before the plan was checked", spec.name);
+        Err(jamba_core::Error::Unsupported { backend: "test", what })
+    }
+}
+
+/// Refused with the plan, before the first parameter is read.
+fn weights_that_do_not_fit() -> Result<(), Failed> {
+    let config = Config::preset("jamba-1.5-large")?;
+    let error = Model::new(config, &Untouched, open(Precision::Bf16)?).err().ok_or("it fits")?;
+    let message = error.to_string();
+    let is_plan =
+        ["does not fit", "weights 74", "GiB are free"].iter().all(|s| message.contains(s));
+    check(is_plan, message)
+}
+
+/// The guards of the other trials would see it.
+fn guards() -> Result<(), Failed> {
+    let backend = open(Precision::F32)?;
+    let overruns = backend.overruns();
+    let mut x = backend.alloc(3, 5)?;
+    backend.write(&mut x, &[1.0; 15])?;
+    backend.overrun(&mut x)?;
+    check(backend.read(jamba_core::Cols { tensor: &x, cols: 0..5 })? == [1.0; 15], "other values")?;
+    drop(x);
+    let seen = overruns();
+    let expected = usize::from(std::env::var_os("JAMBA_UNGUARDED").is_none());
+    check(seen == expected, format!("{seen} overruns were seen"))
 }
 
 fn out_of_memory() -> Result<(), Failed> {
@@ -78,7 +110,28 @@ fn out_of_memory() -> Result<(), Failed> {
     check(backend.alloc(1 << 62, 1 << 62).is_err(), "more than addresses were allocated")?;
     let mut x = backend.alloc(1, 2)?;
     backend.write(&mut x, &[1.0, 2.0])?;
-    check(backend.read_allocated(&x)? == [1.0, 2.0], "the backend does not survive it")
+    let read = backend.read(jamba_core::Cols { tensor: &x, cols: 0..2 })?;
+    check(read == [1.0, 2.0], "the backend does not survive it")
+}
+
+/// A runner that is refused, or fails to be made, leaves the others as they were.
+fn others_go_on() -> Result<(), Failed> {
+    guarded(Precision::Bf16, |backend| {
+        let model = random(small(), 4, backend)?;
+        let limits = Limits { slots: 1, context: 64, tokens: 16, outputs: 1 };
+        let mut runner = ModelRunner::new(model.clone(), limits)?;
+        runner.step(&Batch::single(0, 0, &[1, 2, 3], Outputs::Last))?;
+        let too_many = Limits { slots: 1 << 20, context: 1 << 20, ..limits };
+        check(ModelRunner::new(model.clone(), too_many).is_err(), "it was made")?;
+        let beyond = Batch::single(0, 3, &[1; 17], Outputs::Last);
+        check(runner.step(&beyond).is_err(), "a step of too many tokens was run")?;
+        runner.step(&Batch::single(0, 3, &[4], Outputs::Last))?;
+        let after = runner.logits()?;
+        let mut alone = ModelRunner::new(model, limits)?;
+        alone.step(&Batch::single(0, 0, &[1, 2, 3], Outputs::Last))?;
+        alone.step(&Batch::single(0, 3, &[4], Outputs::Last))?;
+        check(alone.logits()? == after, "the runner was changed")
+    })
 }
 
 fn damaged_cache() -> Result<(), Failed> {
@@ -111,7 +164,7 @@ pub(crate) fn after_a_trap() -> Result<(), Failed> {
     let backend = open(Precision::Bf16)?;
     let config = Config::preset("jamba-tales-11m")?;
     let limits = Limits { slots: 1, context: 64, tokens: 16, outputs: 1 };
-    let model = Model::new(config, &Random(1), backend)?;
+    let model = random(config, 1, backend)?;
     let mut runner = ModelRunner::new(model.clone(), limits)?;
     runner.step(&Batch::single(0, 0, &[1, 2, 3], Outputs::Last))?;
     let logits = runner.logits()?;

@@ -1,20 +1,26 @@
-//! The backend against the reference. One trial per operator, model and precision; on a machine
-//! without a card, or without NVRTC, those that need it are listed as ignored, and why is said.
+//! The CUDA backend in both precisions: the conformance kit, models, the engine, faults. On a
+//! machine without a card, or without NVRTC, the trials that need it are listed as ignored, and why
+//! is said.
 //!
-//! `JAMBA_ROOT` is the root of the project where that is not where it was built.
+//! `JAMBA_ROOT` is the root of the project where that is not where it was built, and
+//! `JAMBA_GOLDEN` the folder of the golden models. `PROPTEST_CASES` shortens the kit;
+//! `JAMBA_KERNELS` is a folder for compiled kernels that stays.
 
+mod engine;
 mod faults;
+mod greedy;
 mod kernels;
 mod models;
-mod operators;
 mod support;
 
 use std::process::ExitCode;
 
 use jamba_cuda::{KernelCache, Precision};
-use libtest_mimic::{Arguments, Trial};
+use jamba_tests::cases;
+use jamba_tests::conformance::summary;
+use libtest_mimic::{Arguments, Failed, Trial};
 
-use crate::support::{cache, open};
+use crate::support::{KERNELS, PRECISIONS, cache, guarded, open, support};
 
 fn main() -> ExitCode {
     if std::env::var_os(faults::TRAP).is_some() {
@@ -27,30 +33,46 @@ fn main() -> ExitCode {
         };
     }
     let arguments = Arguments::from_args();
-    let (mut trials, missing) = match (open(Precision::F32), open(Precision::Bf16)) {
-        (Ok(f32), Ok(bf16)) => {
-            println!("{f32:?} and {bf16:?}");
-            let backends = [f32, bf16].map(|b| &*Box::leak(Box::new(b)));
-            let trials = backends.into_iter().flat_map(|b| {
-                [operators::trials(Some(b)), models::trials(Some(b))].into_iter().flatten()
-            });
-            (trials.chain(faults::trials(true)).collect::<Vec<_>>(), None)
+    let mut trials = Vec::new();
+    for precision in PRECISIONS {
+        trials.extend(kit(precision));
+        trials.extend(models::trials(precision));
+        trials.extend(engine::trials(precision));
+        trials.extend(greedy::trials(precision));
+    }
+    trials.extend(faults::trials());
+    match PRECISIONS.map(open) {
+        [Ok(f32), Ok(bf16)] => println!("{f32:?} and {bf16:?}"),
+        missing => {
+            let reason = missing.into_iter().find_map(Result::err);
+            let reason = reason.map_or(String::new(), |reason| reason.to_string());
+            println!("not run: no CUDA device: {} trials: {reason}", trials.len());
+            trials = trials.into_iter().map(|trial| trial.with_ignored_flag(true)).collect();
         }
-        (f32, bf16) => {
-            let reason = [f32.err(), bf16.err()].into_iter().flatten().next();
-            let trials = [operators::trials(None), models::trials(None), faults::trials(false)];
-            (trials.into_iter().flatten().collect(), reason)
-        }
-    };
-    if let Some(reason) = missing {
-        println!("not run: no CUDA device: {reason}");
-        trials = trials.into_iter().map(|t: Trial| t.with_ignored_flag(true)).collect();
     }
     trials.extend(kernels::trials());
     trials.extend(faults::anywhere());
     let conclusion = libtest_mimic::run(&arguments, trials);
-    if let KernelCache::Folder(folder) = cache() {
+    if let KernelCache::Folder(folder) = cache()
+        && std::env::var_os(KERNELS).is_none()
+    {
         let _ = std::fs::remove_dir_all(folder);
     }
     conclusion.exit_code()
+}
+
+/// The conformance kit, each case on a backend of its own.
+fn kit(precision: Precision) -> Vec<Trial> {
+    let declared = Trial::test(format!("{precision:?}::kit"), move || {
+        println!("{precision:?}: {}", summary(&support(precision))?);
+        Ok(())
+    });
+    let cases = cases().into_iter().map(|case| {
+        Trial::test(format!("{precision:?}::{case}"), move || {
+            let run = |backend| case.check(backend, &support(precision)).map_err(Failed::from);
+            println!("{precision:?}::{case}: {}", guarded(precision, run)?);
+            Ok(())
+        })
+    });
+    std::iter::once(declared).chain(cases).collect()
 }

@@ -1,101 +1,103 @@
-//! Random values, comparison, and what the trials need to know of a backend.
+//! What the trials have in common: the backend, the guards around its memory, random texts.
 
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
-use half::bf16;
-use jamba_core::backend::Backend;
-use jamba_core::weights::ParamSpec;
-use jamba_core::{HostTensor, Param, ParamSource, Role};
-use jamba_cpu::ReferenceBackend;
+use jamba_core::random::RandomParams;
+use jamba_core::{Config, Dtype, Model};
 use jamba_cuda::{CudaBackend, CudaOptions, KernelCache, Precision};
+use jamba_tests::tolerance::Tolerance;
+use jamba_tests::{Format, Support};
+use libtest_mimic::Failed;
 
-/// A generator of 64-bit states, good enough to fill tensors.
-pub(crate) struct Rng(u64);
+pub(crate) const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
 
-impl Rng {
-    pub(crate) fn new(seed: u64) -> Self {
-        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x2545_f491_4f6c_dd1d)
-    }
-
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    pub(crate) fn below(&mut self, n: usize) -> usize {
-        (self.next() >> 33) as usize % n
-    }
-
-    pub(crate) fn between(&mut self, low: f32, high: f32) -> f32 {
-        low + (high - low) * (self.next() >> 40) as f32 / (1 << 24) as f32
-    }
-
-    pub(crate) fn values(&mut self, n: usize, low: f32, high: f32) -> Vec<f32> {
-        (0..n).map(|_| self.between(low, high)).collect()
-    }
-
-    /// Values that bf16 has, so that a weight is the same in every precision.
-    pub(crate) fn weights(&mut self, n: usize, low: f32, high: f32) -> Vec<f32> {
-        (0..n).map(|_| bf16::from_f32(self.between(low, high)).to_f32()).collect()
-    }
-}
-
-/// Parameters of any model, in the domains of trained ones.
-pub(crate) struct Random(pub(crate) u64);
-
-impl ParamSource for Random {
-    fn param(&self, spec: &ParamSpec) -> jamba_core::Result<Param> {
-        let seed = spec.name.bytes().fold(self.0, |h, b| h.wrapping_mul(31) ^ u64::from(b));
-        let n = spec.elements() as usize;
-        let width = spec.shape.last().map_or(1.0, |&n| n as f32);
-        let (low, high) = match spec.role {
-            Role::A => (-16.0, -1.0),
-            Role::Vector if spec.name.ends_with("dt_proj.bias") => (-5.0, -1.0),
-            Role::Vector if spec.name.ends_with("bias") => (-0.2, 0.2),
-            Role::Vector => (0.5, 1.5),
-            Role::Conv => (-0.5, 0.5),
-            _ => (-(3.0 / width).sqrt(), (3.0 / width).sqrt()),
-        };
-        let values = Rng::new(seed).weights(n, low, high);
-        Ok(Param::new(
-            spec.name.clone(),
-            spec.role,
-            HostTensor::from_f32(spec.shape.clone(), values),
-        ))
-    }
-}
-
-/// A backend whose rows beyond those in use can be looked at.
-pub(crate) trait Fenced: Backend {
-    /// All rows that are allocated.
-    fn allocated(&self, x: &Self::Tensor) -> Option<Vec<f32>>;
-}
-
-impl Fenced for ReferenceBackend {
-    fn allocated(&self, _: &Self::Tensor) -> Option<Vec<f32>> {
-        None
-    }
-}
-
-impl Fenced for CudaBackend {
-    fn allocated(&self, x: &Self::Tensor) -> Option<Vec<f32>> {
-        Some(self.read_allocated(x).expect("readable"))
-    }
-}
+/// Names a folder for compiled kernels that stays: for several runs one after another.
+pub(crate) const KERNELS: &str = "JAMBA_KERNELS";
 
 /// Where the trials keep compiled kernels.
 pub(crate) fn cache() -> KernelCache {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
-    let folder = || std::env::temp_dir().join(format!("jamba-cuda-{}", std::process::id()));
+    let own = || std::env::temp_dir().join(format!("jamba-cuda-{}", std::process::id()));
+    let folder = || std::env::var_os(KERNELS).map_or_else(own, PathBuf::from);
     KernelCache::Folder(FOLDER.get_or_init(folder).clone())
 }
 
-/// The first card.
+/// The first card. Its memory lies between guards, unless `JAMBA_UNGUARDED` is set: a sanitizer
+/// sees itself what is written beyond an allocation, but not within a guard.
 pub(crate) fn open(precision: Precision) -> jamba_cuda::Result<CudaBackend> {
-    CudaBackend::with_options(CudaOptions { precision, cache: cache(), ..CudaOptions::default() })
+    let is_guarded = std::env::var_os("JAMBA_UNGUARDED").is_none();
+    CudaBackend::with_options(CudaOptions {
+        precision,
+        cache: cache(),
+        is_guarded,
+        ..CudaOptions::default()
+    })
+}
+
+/// Runs a trial on a backend of its own, and then looks at the guards around all memory that it
+/// took, which is free by then.
+pub(crate) fn guarded<T>(
+    precision: Precision,
+    trial: impl FnOnce(CudaBackend) -> Result<T, Failed>,
+) -> Result<T, Failed> {
+    let backend = open(precision)?;
+    let overruns = backend.overruns();
+    let passed = trial(backend)?;
+    match overruns() {
+        0 => Ok(passed),
+        n => Err(format!("{n} allocations were written beyond").into()),
+    }
+}
+
+/// What the conformance kit is to ask of a precision.
+pub(crate) fn support(precision: Precision) -> Support {
+    match precision {
+        Precision::F32 => Support::default(),
+        Precision::Bf16 => {
+            Support::default().precision(jamba_tests::Precision::Bf16).weights(&[Format::Bf16])
+        }
+    }
+}
+
+/// How far two ways to the same logits may be from each other: less than the kit allows, as
+/// activations are f32 in both precisions.
+pub(crate) fn law(precision: Precision) -> Tolerance {
+    let reason = "four layers, products summed in another order";
+    match precision {
+        Precision::F32 => Tolerance { element: 3e-5, rms: 1e-5, reason },
+        Precision::Bf16 => Tolerance { element: 5e-2, rms: 2e-2, reason },
+    }
+}
+
+/// A model of four layers with the sizes of trained ones, small enough for long texts.
+pub(crate) fn small() -> Config {
+    let mut config = Config::preset("jamba-tales-11m").expect("a preset");
+    (config.hidden_size, config.vocab_size, config.num_experts) = (256, 1000, 1);
+    [config.num_attention_heads, config.num_key_value_heads, config.head_dim] = [4, 1, 64];
+    (config.num_hidden_layers, config.attn_layer_period, config.attn_layer_offset) = (4, 4, 2);
+    config
+}
+
+/// A model of random weights.
+pub(crate) fn random(
+    config: Config,
+    seed: u64,
+    backend: CudaBackend,
+) -> jamba_core::Result<Model<CudaBackend>> {
+    Model::new(config, &RandomParams { seed, dtype: Dtype::Bf16 }, backend)
+}
+
+/// Token ids of a random text.
+pub(crate) fn text(seed: u64, len: usize, vocab_size: usize) -> Vec<u32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % vocab_size
+    };
+    (0..len).map(|_| next() as u32).collect()
 }
 
 /// The root of the project.
@@ -107,28 +109,15 @@ pub(crate) fn root() -> PathBuf {
 }
 
 /// Largest error as a share of the largest value, and root mean square of the errors as a share
-/// of that of the values.
-pub(crate) struct Tolerance {
-    pub(crate) element: f64,
-    pub(crate) rms: f64,
-}
-
-/// A product of bf16 operands has errors of 2^-9 in each; they average out in the sum, hence the
-/// root mean square is smaller than the largest.
-pub(crate) fn tolerance(precision: Precision) -> Tolerance {
-    match precision {
-        Precision::F32 => Tolerance { element: 1e-5, rms: 3e-6 },
-        Precision::Bf16 => Tolerance { element: 1e-2, rms: 4e-3 },
-    }
-}
-
-/// How far `got` is from `expected`, or why they cannot be compared.
-pub(crate) fn difference(got: &[f32], expected: &[f32]) -> Result<(f64, f64), String> {
-    if got.len() != expected.len() {
-        return Err(format!("{} values instead of {}", got.len(), expected.len()));
-    }
-    if let Some(i) = got.iter().position(|v| !v.is_finite()) {
-        return Err(format!("element {i} is {} instead of {}", got[i], expected[i]));
+/// of that of the values; an error where one is beyond the tolerance.
+pub(crate) fn close(
+    name: &str,
+    got: &[f32],
+    expected: &[f32],
+    t: &Tolerance,
+) -> Result<(f64, f64), Failed> {
+    if got.len() != expected.len() || !got.iter().all(|v| v.is_finite()) {
+        return Err(format!("{name}: {} values, or not all finite", got.len()).into());
     }
     let (mut worst, mut largest, mut error, mut square) = (0f64, 0f64, 0f64, 0f64);
     for (&g, &e) in got.iter().zip(expected) {
@@ -139,19 +128,13 @@ pub(crate) fn difference(got: &[f32], expected: &[f32]) -> Result<(f64, f64), St
         square += e * e;
     }
     let share = |part: f64, whole: f64| if part == 0.0 { 0.0 } else { part / whole };
-    Ok((share(worst, largest), share(error.sqrt(), square.sqrt())))
-}
-
-/// Fails where `got` is not within the tolerance; tells how far it is otherwise.
-pub(crate) fn close(
-    name: &str,
-    got: &[f32],
-    expected: &[f32],
-    t: &Tolerance,
-) -> Result<(f64, f64), String> {
-    let (element, rms) = difference(got, expected).map_err(|e| format!("{name}: {e}"))?;
+    let (element, rms) = (share(worst, largest), share(error.sqrt(), square.sqrt()));
     if element <= t.element && rms <= t.rms {
         return Ok((element, rms));
     }
-    Err(format!("{name}: element {element:.2e}, rms {rms:.2e}"))
+    Err(format!("{name}: element {element:.2e}, rms {rms:.2e}; {t:?}").into())
+}
+
+pub(crate) fn check(holds: bool, otherwise: impl Into<Failed>) -> Result<(), Failed> {
+    if holds { Ok(()) } else { Err(otherwise.into()) }
 }
