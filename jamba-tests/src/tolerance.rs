@@ -123,37 +123,92 @@ pub const TABLE: &[Row] = &[
     row(&["silu_mul"], Bf16Products, 4e-7, 3e-7, "as in f32"),
     row(&["rms_norm", "rms_norm_cols", "add_rms_norm"], Bf16Products, 3e-6, 2.5e-6, "as in f32"),
     row(&["causal_conv1d"], Bf16Products, 8e-7, 4e-7, "as in f32"),
-    row(&["linear"], Bf16Products, 1e-5, 8e-6, "as in f32: operands that bf16 holds"),
+    row(&["linear"], Bf16Products, 1e-5, 8e-6, "as in f32: operands that bf16, or 8 bits, hold"),
     row(&["selective_scan"], Bf16Products, 4e-6, 2e-6, "as in f32"),
     row(&["attention"], Bf16Products, 2e-6, 1.5e-6, "as in f32"),
-    row(
-        &["moe_experts", "mlp", "moe_ffn", "attention_block"],
-        Bf16Products,
-        1.5 * U,
-        U,
-        "what goes into the second product is rounded once, 2^-9, and sums of few terms cancel",
+    of(
+        &Format::STORED,
+        row(
+            &["moe_experts", "mlp", "moe_ffn", "attention_block"],
+            Bf16Products,
+            1.5 * U,
+            U,
+            "what goes into the second product is rounded once, 2^-9, and sums of few terms cancel",
+        ),
     ),
-    row(
-        &["mamba_mixer", "layer", "lockstep", "fused"],
-        Bf16Products,
-        0.05,
-        0.04,
-        "the norms of dt, B and C and the exponent of the scan magnify the rounding before x_proj",
+    of(
+        &Format::STORED,
+        row(
+            &["mamba_mixer", "layer", "lockstep", "fused"],
+            Bf16Products,
+            0.05,
+            0.04,
+            "the norms of dt, B and C and the exponent of the scan magnify the rounding before \
+             x_proj",
+        ),
     ),
-    row(
-        &["forward", "law"],
-        Bf16Products,
-        0.1,
-        0.08,
-        "up to four layers, each magnifying the error of the ones before it",
+    of(
+        &Format::STORED,
+        row(
+            &["forward", "law"],
+            Bf16Products,
+            0.1,
+            0.08,
+            "up to four layers, each magnifying the error of the ones before it",
+        ),
     ),
-    row(
-        &["golden"],
-        Bf16Products,
-        0.75,
-        0.3,
-        "eight layers, in which a rounding may choose another expert: shows that names, order \
-         and states are right, and leaves the numbers to lockstep",
+    of(
+        &Format::STORED,
+        row(
+            &["golden"],
+            Bf16Products,
+            0.75,
+            0.3,
+            "eight layers, in which a rounding may choose another expert: shows that names, order \
+             and states are right, and leaves the numbers to lockstep",
+        ),
+    ),
+    of(
+        &Format::QUANTISED,
+        row(
+            &["moe_experts", "mlp", "moe_ffn", "attention_block"],
+            Bf16Products,
+            0.1,
+            0.1,
+            "what goes into a product is rounded to 8 bits of the largest of 32, and sums of few \
+             terms cancel; linear, whose operands 8 bits hold, shows that the product is exact",
+        ),
+    ),
+    of(
+        &Format::QUANTISED,
+        row(
+            &["mamba_mixer", "layer", "lockstep", "fused"],
+            Bf16Products,
+            0.25,
+            0.15,
+            "as in the blocks, and the norms of dt, B and C and the exponent of the scan magnify it",
+        ),
+    ),
+    of(
+        &Format::QUANTISED,
+        row(
+            &["forward", "law"],
+            Bf16Products,
+            0.4,
+            0.3,
+            "up to four layers, each magnifying the error of the ones before it",
+        ),
+    ),
+    of(
+        &Format::QUANTISED,
+        row(
+            &["golden"],
+            Bf16Products,
+            1.0,
+            0.5,
+            "eight layers, in which a rounding may choose another expert: shows that names, order \
+             and states are right, and leaves the numbers to lockstep",
+        ),
     ),
     row(&["output_rows"], Bf16, 0.0, 0.0, "copies of values that bf16 holds"),
     of(&Format::STORED, row(&["embed"], Bf16, 0.0, 0.0, "copies of values that bf16 holds")),

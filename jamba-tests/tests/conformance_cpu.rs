@@ -16,7 +16,7 @@ const RUNS: [(&str, Precision); 4] = [
 
 /// Problems of a case in a format that quantises: what does not touch weights is the same code as
 /// in all problems of the stored ones.
-const CASES_QUANTISED: u32 = 48;
+const CASES_QUANTISED: u32 = 16;
 
 fn main() {
     let mut trials = Vec::new();

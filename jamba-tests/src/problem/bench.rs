@@ -1,5 +1,6 @@
 //! Drawing inputs, and getting tensors to a backend and back.
 
+use jamba_core::quant::BLOCK;
 use jamba_core::recording::{Recorded, Recording};
 use jamba_core::schedule::{MixerKind, Schedule};
 use jamba_core::{Backend, Cols, Config, HostTensor, Limits, Param, Result, Role, StatePart};
@@ -43,6 +44,21 @@ impl Draw {
     ) {
         let precision = self.precision;
         self.exact(name, &shape, |r, _| precision.round(value(r)));
+    }
+
+    /// Makes activations, from column `start` on in these many, values that 8 bits with a scale for
+    /// each 32 can hold: of a block the first is 127 steps, the others are fewer. bf16 holds them too.
+    pub(crate) fn on_int8_grid(&mut self, name: &str, start: usize, cols: usize) {
+        let drawn = self.inputs.tensors.get_mut(name).expect("just drawn");
+        let width = drawn.shape[1].max(1);
+        for row in drawn.values.chunks_exact_mut(width) {
+            for block in row[start..start + cols].chunks_mut(BLOCK) {
+                let largest = block.iter().fold(0.0, |m: f32, v| m.max(v.abs()));
+                let step = (largest / 127.0).log2().ceil().exp2();
+                block.iter_mut().for_each(|v| *v = (*v / step).round() * step);
+                block[0] = 127.0 * step;
+            }
+        }
     }
 
     /// A matrix of values that its format can hold, whose products with rows of deviation 1 have

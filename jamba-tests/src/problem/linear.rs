@@ -66,6 +66,9 @@ impl Problem for Linear {
         let mut draw = Draw::new(self.seed, self.precision);
         let [before, after] = self.beside;
         draw.activations("x", [self.rows, before + self.k + after], |r| r.normal());
+        if self.precision == Precision::Bf16Products && Format::QUANTISED.contains(&self.weights) {
+            draw.on_int8_grid("x", before, self.k);
+        }
         draw.matrix(Role::Linear, "weight", &[self.n, self.k], self.weights);
         if self.bias {
             draw.exact("bias", &[self.n], |r, _| r.normal());
