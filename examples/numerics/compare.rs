@@ -9,17 +9,17 @@ use jamba_core::memory;
 use jamba_core::random::RandomParams;
 use jamba_core::schedule::ParamCount;
 use jamba_core::{
-    Backend, Batch, Checkpoint, Config, Dtype, Error, Limits, Model, Outputs, ParamSource, Result,
-    WeightFormat,
+    Backend, Batch, Checkpoint, Config, Dtype, Error, Limits, Model, Outputs, ParamSource,
+    Precision, Result, WeightFormat,
 };
 use jamba_cpu::{CpuBackend, ReferenceBackend};
+#[cfg(feature = "cuda")]
+use jamba_examples::cuda;
 use jamba_examples::{demo_model, parse_ids, run};
 use jamba_tests::compare::{Difference, all_differences};
 use jamba_tests::golden::read_trace;
 use jamba_tests::lockstep::{LayerRunner, Layers, lockstep};
 use jamba_tests::oracle::OracleBackend;
-#[cfg(feature = "cuda")]
-use {jamba_cuda::Precision, jamba_examples::cuda};
 
 /// Runs a model on two backends in lockstep: every layer of B gets the input and the state that
 /// A's gets, and the largest and the mean error of its output and states are shown. With --trace,
@@ -61,6 +61,9 @@ struct Args {
     /// Tokens per step.
     #[arg(long, value_name = "N", default_value = "8")]
     chunk: std::num::NonZeroUsize,
+    /// Ends with exit code 1 if an error is larger than this share of its tensor's largest value.
+    #[arg(long, value_name = "SHARE", conflicts_with = "trace")]
+    at_most: Option<f64>,
     /// Prints JSON instead of a table.
     #[arg(long)]
     json: bool,
@@ -76,8 +79,10 @@ enum On {
     Oracle,
     /// One obvious loop per equation, in f64.
     Reference,
-    /// Multi-threaded, vectorised.
+    /// Multi-threaded, vectorised; products of bf16 or int8 where the weights are so.
     Cpu,
+    /// The same with products of f32.
+    CpuF32,
     /// The first NVIDIA GPU, bf16 weights and products (built with `--features cuda`).
     Cuda,
     /// The first NVIDIA GPU, everything in f32 (built with `--features cuda`).
@@ -91,7 +96,7 @@ impl On {
         match self {
             Self::Oracle => [elements.saturating_mul(8), 8],
             Self::Reference => [elements.saturating_mul(4), 4],
-            Self::Cpu => [memory::weight_bytes(config, format), 4],
+            Self::Cpu | Self::CpuF32 => [memory::weight_bytes(config, format), 4],
             // Parameters pass through one at a time.
             Self::Cuda | Self::CudaF32 => [0, 0],
         }
@@ -114,6 +119,10 @@ impl On {
                 layers(ReferenceBackend::new().with_format(format), config, source, limits)
             }
             Self::Cpu => layers(CpuBackend::new().with_format(format), config, source, limits),
+            Self::CpuF32 => {
+                let backend = CpuBackend::new().with_format(format).with_precision(Precision::F32);
+                layers(backend, config, source, limits)
+            }
             #[cfg(feature = "cuda")]
             Self::Cuda => layers(cuda(Precision::Bf16, format)?, config, source, limits),
             #[cfg(feature = "cuda")]
@@ -134,7 +143,8 @@ fn layers<B: Backend + 'static>(
 }
 
 fn main() -> ExitCode {
-    run(|| {
+    let mut is_within = true;
+    let code = run(|| {
         let args = Args::parse();
         match &args.trace {
             Some(files) => traces(files, args.json),
@@ -151,19 +161,23 @@ fn main() -> ExitCode {
                         config.num_hidden_layers = layers.get();
                     }
                     let source = RandomParams { seed: args.seed, dtype: Dtype::Bf16 };
-                    backends(&args, &config, &source)
+                    is_within = backends(&args, &config, &source)?;
+                    Ok(())
                 }
                 None => {
                     let folder = args.model.clone().unwrap_or_else(demo_model);
                     let config = Config::from_folder(&folder)?;
-                    backends(&args, &config, &Checkpoint::open(&folder)?)
+                    is_within = backends(&args, &config, &Checkpoint::open(&folder)?)?;
+                    Ok(())
                 }
             },
         }
-    })
+    });
+    if is_within { code } else { ExitCode::FAILURE }
 }
 
-fn backends(args: &Args, config: &Config, source: &impl ParamSource) -> Result<()> {
+/// Whether all errors are as small as the arguments ask for.
+fn backends(args: &Args, config: &Config, source: &impl ParamSource) -> Result<bool> {
     let tokens = args.ids.as_ref().map_or(args.tokens.get(), Vec::len);
     let chunk = args.chunk.get().min(tokens);
     let limits = Limits { slots: 1, context: tokens, tokens: chunk, outputs: chunk };
@@ -183,7 +197,7 @@ fn backends(args: &Args, config: &Config, source: &impl ParamSource) -> Result<(
         chunks.map(|(i, ids)| Batch::single(0, i * chunk, ids, Outputs::All)).collect();
     let report = lockstep(&mut *a, &mut *b, &batches)?;
     show(&if args.json { format!("{:#}\n", report.to_json()) } else { report.to_string() });
-    Ok(())
+    Ok(args.at_most.is_none_or(|bound| report.largest()[0] <= bound))
 }
 
 /// Refuses what the machine has no memory for, before any of it is made: a system that promises

@@ -286,6 +286,16 @@ impl Report {
         all.filter(|(_, e)| !within(e)).collect()
     }
 
+    /// The largest errors of all tensors: of an element, and in the root mean square. Infinite
+    /// where a tensor cannot be compared.
+    pub fn largest(&self) -> [f64; 2] {
+        let all = || self.steps.iter().flat_map(|step| &step.errors);
+        if all().any(|e| e.fault.is_some()) {
+            return [f64::INFINITY; 2];
+        }
+        [all().map(|e| e.largest).fold(0.0, f64::max), all().map(|e| e.rms).fold(0.0, f64::max)]
+    }
+
     /// The report as JSON.
     pub fn to_json(&self) -> serde_json::Value {
         serde_json::to_value(self).unwrap_or_default()
@@ -311,6 +321,7 @@ impl fmt::Display for Report {
                 }
             }
         }
-        Ok(())
+        let [largest, rms] = self.largest();
+        writeln!(f, "{:38} {largest:9.2e} {rms:9.2e}", "largest of all")
     }
 }
