@@ -229,11 +229,12 @@ pub fn moe_experts<T: Shaped, W: Shaped>(
     Err(Error::Batch { what: "top_k", got: top_k, allowed: format!("1 to {experts} is allowed") })
 }
 
-/// Operands of [`output_rows`](crate::Backend::output_rows) for `tokens` staged tokens.
-pub fn output_rows<T: Shaped>(x: &T, tokens: usize, out: &T) -> Result<()> {
+/// Operands of [`output_rows`](crate::Backend::output_rows) for `tokens` staged tokens, of which
+/// `outputs` get logits.
+pub fn output_rows<T: Shaped>(x: &T, tokens: usize, outputs: usize, out: &T) -> Result<()> {
     let cols = x.shape()[1];
     same("output_rows", "x", x.shape(), [tokens, cols])?;
-    width("output_rows", "out", out, cols)
+    room("output_rows", out, outputs, cols)
 }
 
 /// Values given to [`write_positions`](crate::Backend::write_positions) for so many positions.

@@ -368,9 +368,9 @@ impl Backend for CpuBackend {
     }
 
     fn output_rows(&self, x: &Tensor, state: &State, out: &mut Tensor) -> Result<()> {
-        shape::output_rows(x, state.batch.tokens().len(), out)?;
-        let cols = x.shape()[1];
         let rows = state.batch.outputs();
+        shape::output_rows(x, state.batch.tokens().len(), rows.len(), out)?;
+        let cols = x.shape()[1];
         let out = out.resize("output_rows", rows.len())?.chunks_exact_mut(cols);
         for (out, row) in out.zip(rows) {
             out.copy_from_slice(&x.values()[row * cols..(row + 1) * cols]);

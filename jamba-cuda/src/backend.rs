@@ -447,7 +447,7 @@ impl Backend for CudaBackend {
     }
 
     fn output_rows(&self, x: &Tensor, state: &State, out: &mut Tensor) -> Result<()> {
-        shape::output_rows(x, state.batch.tokens, out)?;
+        shape::output_rows(x, state.batch.tokens, state.batch.outputs, out)?;
         out.resize("output_rows", state.batch.outputs)?;
         self.rows.run(&self.device, x, &state.batch, out)
     }

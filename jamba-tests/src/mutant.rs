@@ -2,6 +2,7 @@
 
 mod ops;
 
+use std::collections::HashSet;
 use std::sync::atomic::AtomicUsize;
 
 use jamba_core::{Backend, Batch};
@@ -40,11 +41,14 @@ pub enum Bug {
     WrongOutputRow,
     /// The last column of a product is not written.
     ColumnUnwritten,
+    /// The convolution keeps a ring of inputs, and a state that is written leaves its beginning
+    /// where the sequence before had it.
+    RingNotTurned,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::ConvContextDropped,
         Self::ScanRestarted,
         Self::BLayernormSkipped,
@@ -60,6 +64,7 @@ impl Bug {
         Self::SlotsShared,
         Self::WrongOutputRow,
         Self::ColumnUnwritten,
+        Self::RingNotTurned,
     ];
 }
 
@@ -87,4 +92,8 @@ impl<B: Backend> Mutant<B> {
 pub struct MutantState<S> {
     inner: S,
     batch: Batch,
+    /// Inputs that the convolution keeps of a channel.
+    kept: usize,
+    /// Slots that ran tokens since they were reset.
+    used: HashSet<usize>,
 }

@@ -392,8 +392,8 @@ impl Backend for OracleBackend {
         state: &OracleState,
         out: &mut OracleTensor,
     ) -> Result<()> {
-        shape::output_rows(x, state.batch.tokens().len(), out)?;
         let rows = state.batch.outputs();
+        shape::output_rows(x, state.batch.tokens().len(), rows.len(), out)?;
         let values = rows.iter().flat_map(|&r| x.row(r)).copied().collect();
         out.set("output_rows", rows.len(), values)
     }

@@ -5,14 +5,8 @@ use jamba_cpu::CpuBackend;
 use jamba_tests::{Format, Precision, Support, cases};
 use libtest_mimic::{Arguments, Failed, Trial};
 
-/// Instruction sets, best first as [`CpuBackend::all`] has them, and precisions of products. Where
-/// they are of f32, `avx512bf16` is `avx512`.
-const RUNS: [(&str, Precision); 4] = [
-    ("avx512bf16", Precision::Bf16Products),
-    ("avx512", Precision::F32),
-    ("avx2", Precision::F32),
-    ("portable", Precision::F32),
-];
+/// Instruction sets, best first as [`CpuBackend::all`] has them. Only the first has products of bf16.
+const ISAS: [&str; 4] = ["avx512bf16", "avx512", "avx2", "portable"];
 
 /// Problems of a case in a format that quantises: what does not touch weights is the same code as
 /// in all problems of the stored ones.
@@ -20,34 +14,54 @@ const CASES_QUANTISED: u32 = 16;
 
 fn main() {
     let mut trials = Vec::new();
-    for (isa, precision) in RUNS {
-        let stored = CpuBackend::all().into_iter().find(|b| b.isa() == isa);
-        let stored = stored.map(|b| match precision {
-            Precision::F32 => b.with_precision(jamba_core::Precision::F32),
-            _ => b.with_precision(jamba_core::Precision::Bf16),
-        });
-        for format in [None].into_iter().chain(Format::QUANTISED.map(Some)) {
-            let support = Support::default().precision(precision);
-            let (name, backend, support) = match format {
-                None => (isa.to_owned(), stored, support),
-                Some(format) => (
-                    format!("{isa}::{format}"),
-                    stored.map(|backend| backend.with_format(format.weight_format())),
-                    support.weights(&[format]).cases(CASES_QUANTISED),
-                ),
-            };
-            for case in cases() {
-                let support = support.clone();
-                let trial = Trial::test(format!("{name}::{case}"), move || {
-                    let backend =
-                        backend.ok_or("this machine does not have the instruction set")?;
-                    case.check(backend, &support).map_err(Failed::from)?;
-                    Ok(())
-                });
-                // Shown as ignored, never as passed, where it cannot run.
-                trials.push(trial.with_ignored_flag(backend.is_none()));
-            }
+    for isa in ISAS {
+        let is_best = isa == ISAS[0];
+        let native = if is_best { Precision::Bf16Products } else { Precision::F32 };
+        trials.extend(trials_of(isa, native, None, |_| true));
+        for format in Format::QUANTISED {
+            // Integers on every instruction set, and products of f32 with what they stand for.
+            trials.extend(trials_of(isa, Precision::Bf16Products, Some(format), |case| {
+                is_best || case.starts_with("problem::")
+            }));
+            trials.extend(trials_of(isa, Precision::F32, Some(format), |case| {
+                case.starts_with("problem::")
+            }));
         }
     }
     libtest_mimic::run(&Arguments::from_args(), trials).exit();
+}
+
+/// The cases of one backend: `ISA::CASE`, `ISA::FORMAT::CASE`, or `ISA::FORMAT-f32::CASE`.
+fn trials_of(
+    isa: &str,
+    precision: Precision,
+    format: Option<Format>,
+    wanted: impl Fn(&str) -> bool,
+) -> Vec<Trial> {
+    let backend = CpuBackend::all().into_iter().find(|b| b.isa() == isa);
+    let mut backend = backend.map(|b| {
+        b.with_precision(match precision {
+            Precision::F32 => jamba_core::Precision::F32,
+            _ => jamba_core::Precision::Bf16,
+        })
+    });
+    let mut support = Support::default().precision(precision);
+    let mut name = isa.to_owned();
+    if let Some(format) = format {
+        backend = backend.map(|b| b.with_format(format.weight_format()));
+        support = support.weights(&[format]).cases(CASES_QUANTISED);
+        let suffix = if precision == Precision::F32 { "-f32" } else { "" };
+        name = format!("{isa}::{format}{suffix}");
+    }
+    let trial = |case: jamba_tests::Case| {
+        let support = support.clone();
+        let trial = Trial::test(format!("{name}::{case}"), move || {
+            let backend = backend.ok_or("this machine does not have the instruction set")?;
+            case.check(backend, &support).map_err(Failed::from)?;
+            Ok(())
+        });
+        // Shown as ignored, never as passed, where it cannot run.
+        trial.with_ignored_flag(backend.is_none())
+    };
+    cases().into_iter().filter(|case| wanted(&case.to_string())).map(trial).collect()
 }

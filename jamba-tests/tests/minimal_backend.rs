@@ -185,8 +185,9 @@ impl Backend for Minimal {
     }
 
     fn output_rows(&self, x: &Matrix, state: &State, out: &mut Matrix) -> Result<()> {
-        shape::output_rows(x, state.batch().tokens().len(), out)?;
-        out.set(state.batch().outputs().iter().flat_map(|&r| x.row(r)).copied().collect())
+        let rows = state.batch().outputs();
+        shape::output_rows(x, state.batch().tokens().len(), rows.len(), out)?;
+        out.set(rows.iter().flat_map(|&r| x.row(r)).copied().collect())
     }
 }
 

@@ -303,8 +303,8 @@ impl Backend for ReferenceBackend {
     }
 
     fn output_rows(&self, x: &Matrix, state: &ReferenceState, out: &mut Matrix) -> Result<()> {
-        shape::output_rows(x, state.batch.tokens().len(), out)?;
         let rows = state.batch.outputs();
+        shape::output_rows(x, state.batch.tokens().len(), rows.len(), out)?;
         out.set(Array2::from_shape_fn((rows.len(), x.values.ncols()), |(r, c)| {
             x.values[[rows[r], c]]
         }))

@@ -15,7 +15,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
 
 use super::instance::Instance;
-use super::{Case, Failure, Passed, Support};
+use super::{Case, Failure, Passed, Support, cases};
 use crate::compare::{Difference, all_differences, bit_equal, differences};
 use crate::golden::Golden;
 use crate::laws::{self, Law, Relation};
@@ -163,6 +163,13 @@ impl<B: Backend + Send + Sync + 'static> Check<'_, B> {
             let instance: Instance =
                 line.parse().map_err(|error| Failure(format!("JAMBA_CASE: {error}: {line}")))?;
             if !instance.belongs_to(self.case) {
+                // `cargo test problem::linear` asks for `problem::linear_x` too.
+                let asked = |case: &Case| instance.belongs_to(case);
+                let is_by_name = |case: Case| self.case.to_string().contains(&case.to_string());
+                if cases().into_iter().find(asked).is_some_and(is_by_name) {
+                    println!("{} not run: JAMBA_CASE is of another case", self.case);
+                    return Ok(Passed::default());
+                }
                 return Err(Failure(format!("JAMBA_CASE is not of {}: {line}", self.case)));
             }
             run(&instance).map_err(|text| failed(&instance, &text, "JAMBA_CASE"))?;

@@ -86,12 +86,19 @@ pub(super) fn copy_slot<P: Sequential, B: Backend>(
         seqs.iter().enumerate().map(|(seq, s)| Turn { seq, len: len(s.len) }).collect()
     };
     let (first, second) = (turns(|n| n / 2), turns(|n| n - n / 2));
-    let (mut original, mut copied) = (Play::new(p, b)?, Play::new(p, b)?);
-    original.step(&first)?;
-    copied.step(&first)?;
     let config = p.config();
     let seq = random.below(seqs.len());
+    let mut original = Play::new(p, b)?;
+    original.step(&first)?;
     let (from, spare) = (original.slots[seq], p.ragged().slots);
+    // The slot that is copied to has been used.
+    let mut used = original.slots.clone();
+    used[seq] = spare;
+    let mut copied = Play::in_slots(p, b, &used)?;
+    copied.step(&copied.all())?;
+    copied.slots.clone_from(&original.slots);
+    copied.begin()?;
+    copied.step(&first)?;
     let held = copied.positions(seq);
     for (layer, part) in bench::parts(&config) {
         let n = bench::part_shape(&config, part, held).iter().product();

@@ -47,31 +47,38 @@ impl<'a, P: Sequential, B: Backend> Play<'a, P, B> {
 
     /// Every sequence in another slot.
     pub(super) fn in_slots(problem: &'a P, b: &'a B, slots: &[usize]) -> Result<Self> {
-        let inputs = problem.inputs();
-        let mut play = Self::empty(problem, b, slots, inputs)?;
-        for (seq, s) in problem.ragged().seqs.iter().enumerate() {
-            for (layer, part) in bench::parts(&problem.config()) {
-                let name = bench::state_name(layer, part, s.slot);
-                if let Some(values) = play.inputs.tensors.get(&name) {
-                    let values = values.values.clone();
-                    play.write(layer, part, seq, &values)?;
-                }
-            }
-        }
-        Ok(play)
-    }
-
-    fn empty(problem: &'a P, b: &'a B, slots: &[usize], inputs: Recording) -> Result<Self> {
-        let ragged = problem.ragged();
+        let (inputs, ragged) = (problem.inputs(), problem.ragged());
         let held = problem.hold(b, &inputs)?;
         let state = b.new_state(&problem.config(), &bench::limits(ragged))?;
         let (slots, done) = (slots.to_vec(), vec![0; ragged.seqs.len()]);
-        Ok(Self { problem, b, inputs, held, state, slots, done, out: Recording::default() })
+        let mut play =
+            Self { problem, b, inputs, held, state, slots, done, out: Recording::default() };
+        play.begin()?;
+        Ok(play)
     }
 
-    /// The same, in a state of its own, in which the sequences have these states and slots.
+    /// Every sequence as it was at first, in the slots of now, whatever those held.
+    pub(super) fn begin(&mut self) -> Result<()> {
+        self.out = Recording::default();
+        for (seq, s) in self.problem.ragged().seqs.iter().enumerate() {
+            self.reset(seq)?;
+            for (layer, part) in bench::parts(&self.problem.config()) {
+                let name = bench::state_name(layer, part, s.slot);
+                if let Some(values) = self.inputs.tensors.get(&name) {
+                    let values = values.values.clone();
+                    self.write(layer, part, seq, &values)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The same, in a state of its own, in which the sequences have these states and slots. Each
+    /// slot has been used: what a backend keeps beside the values (where a ring begins, a length)
+    /// is that of another sequence until the states are written.
     pub(super) fn restored(&self, slots: &[usize], states: &Recording) -> Result<Self> {
-        let mut play = Self::empty(self.problem, self.b, slots, self.inputs.clone())?;
+        let mut play = Self::in_slots(self.problem, self.b, slots)?;
+        play.step(&play.all())?;
         play.done.clone_from(&self.done);
         play.out = self.out.clone();
         for (layer, part) in bench::parts(&self.problem.config()) {

@@ -1,5 +1,6 @@
 //! The operators, each passed on with or without its bug.
 
+use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
@@ -140,13 +141,15 @@ impl<B: Backend> Backend for Mutant<B> {
     fn new_state(&self, config: &Config, limits: &Limits) -> Result<Self::State> {
         self.dt_rank.store(config.mamba_dt_rank, Ordering::Relaxed);
         let inner = self.inner.new_state(config, limits)?;
-        Ok(MutantState { inner, batch: Batch::new() })
+        let kept = config.mamba_d_conv - 1;
+        Ok(MutantState { inner, batch: Batch::new(), kept, used: HashSet::new() })
     }
 
     fn reset_slot(&self, state: &mut Self::State, slot: usize) -> Result<()> {
         if self.has(Bug::StaleSlot) {
             return Ok(());
         }
+        state.used.remove(&slot);
         self.inner.reset_slot(&mut state.inner, slot)
     }
 
@@ -174,6 +177,10 @@ impl<B: Backend> Backend for Mutant<B> {
         if self.has(Bug::Bf16Activations) && part != StatePart::Ssm {
             to_bf16(&mut values);
         }
+        let turned = self.has(Bug::RingNotTurned) && state.used.contains(&slot);
+        if turned && part == StatePart::Conv && state.kept > 1 {
+            values.chunks_exact_mut(state.kept).for_each(|channel| channel.rotate_left(1));
+        }
         self.inner.write_state(&mut state.inner, layer, part, slot, positions, &values)
     }
 
@@ -183,6 +190,8 @@ impl<B: Backend> Backend for Mutant<B> {
 
     fn stage(&self, state: &mut Self::State, batch: &Batch) -> Result<()> {
         state.batch = batch.clone();
+        let ran = batch.runs().iter().filter(|run| run.len > 0);
+        state.used.extend(ran.map(|run| run.slot));
         self.inner.stage(&mut state.inner, batch)
     }
 
