@@ -4,8 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use jamba_core::{
-    BeamOptions, GenerateOptions, LanguageModel, Model, Sampling, SessionOptions, Tokenizer,
-    beam_search, generate_ids,
+    BeamOptions, GenerateOptions, LanguageModel, Model, Precision, Sampling, SessionOptions,
+    Tokenizer, beam_search, generate_ids,
 };
 use jamba_cpu::CpuBackend;
 use serde_json::Value;
@@ -21,7 +21,7 @@ fn ids(value: &Value) -> Vec<u32> {
 #[test]
 fn beams_are_those_of_transformers() {
     let golden: Value = serde_json::from_str(include_str!("beam.json")).unwrap();
-    let model = Model::load(folder(), CpuBackend::new()).unwrap();
+    let model = Model::load(folder(), CpuBackend::new().with_precision(Precision::F32)).unwrap();
     let cases = golden["cases"].as_array().unwrap();
     assert_eq!(cases.len(), 15);
     for (number, case) in cases.iter().enumerate() {
@@ -47,7 +47,7 @@ fn beams_are_those_of_transformers() {
 
 #[test]
 fn one_beam_is_greedy() {
-    let model = Model::load(folder(), CpuBackend::new()).unwrap();
+    let model = Model::load(folder(), CpuBackend::new().with_precision(Precision::F32)).unwrap();
     let tokenizer = Tokenizer::from_folder(folder()).unwrap();
     for (prompt, length_penalty) in [("The king", 1.0), ("Once upon a time", 3.0)] {
         let prompt = tokenizer.encode(prompt).unwrap();
@@ -77,7 +77,7 @@ fn one_beam_is_greedy() {
 
 #[test]
 fn bad_options_are_refused() {
-    let model = Model::load(folder(), CpuBackend::new()).unwrap();
+    let model = Model::load(folder(), CpuBackend::new().with_precision(Precision::F32)).unwrap();
     let refused = |prompt: &[u32], options: BeamOptions, part: &str| {
         let message = beam_search(&model, prompt, &options).unwrap_err().to_string();
         assert!(message.contains(part), "`{part}` is not in: {message}");
