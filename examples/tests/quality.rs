@@ -15,7 +15,7 @@ const BOUNDS: [(WeightFormat, f64, f64, f64); 4] = [
 #[test]
 fn formats_keep_the_demo_model_as_good_as_it_is() {
     let windows = held_out(&demo_model()).unwrap();
-    let load = |format| BackendName::Cpu.load(&demo_model(), format).unwrap();
+    let load = |format| BackendName::CpuF32.load(&demo_model(), format).unwrap();
     let stored = load(WeightFormat::Stored);
     for (format, delta, kl, agreement) in BOUNDS {
         let q = Quality::measure(&*stored, &*load(format), &windows).unwrap();

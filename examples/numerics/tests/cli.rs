@@ -101,7 +101,7 @@ fn line(op: &str) -> String {
 fn backends_are_compared_layer_by_layer() {
     let table = success(example("compare").args(["--a", "oracle", "--b", "cpu", "--tokens", "5"]));
     assert!(table.contains("layer 0") && table.contains("head"), "{table}");
-    let json = success(example("compare").args(["--tokens", "3", "--json"]));
+    let json = success(example("compare").args(["--b", "cpu-f32", "--tokens", "3", "--json"]));
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
     assert_eq!(json["tokens"], 3);
     for step in json["steps"].as_array().unwrap() {

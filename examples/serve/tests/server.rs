@@ -127,6 +127,17 @@ impl Running {
         self.task.await.unwrap().unwrap();
     }
 
+    /// Waits until the engine has cancelled so many requests: it counts one once it has seen it.
+    async fn cancelled(&self, requests: u64) {
+        for _ in 0..500 {
+            if self.engine.stats().cancelled >= requests {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        panic!("not cancelled: {:?}", self.engine.stats());
+    }
+
     /// Waits until the engine runs nothing.
     async fn idle(&self) {
         for _ in 0..500 {
@@ -436,7 +447,7 @@ async fn whoever_goes_away_is_not_generated_for() {
     let mut bytes = response.bytes_stream();
     assert!(bytes.next().await.unwrap().is_ok());
     drop(bytes);
-    server.idle().await;
+    server.cancelled(4).await;
     let stats = server.engine.stats();
     assert_eq!(stats.cancelled, 4, "{stats:?}");
     assert!(stats.generated_tokens < 4 * 250, "{stats:?}");
@@ -445,7 +456,7 @@ async fn whoever_goes_away_is_not_generated_for() {
     let body = with(long, json!({ "stream": false }));
     let waited = tokio::time::timeout(Duration::from_millis(100), server.post(CHAT, &body)).await;
     assert!(waited.is_err());
-    server.idle().await;
+    server.cancelled(8).await;
     assert_eq!(server.engine.stats().cancelled, 8);
     server.end().await;
 }
