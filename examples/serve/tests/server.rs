@@ -127,15 +127,16 @@ impl Running {
         self.task.await.unwrap().unwrap();
     }
 
-    /// Waits until the engine has cancelled so many requests: it counts one once it has seen it.
-    async fn cancelled(&self, requests: u64) {
+    /// Waits until so many requests are counted as ended, which is a step after they end.
+    async fn ended(&self, requests: u64) {
         for _ in 0..500 {
-            if self.engine.stats().cancelled >= requests {
+            let stats = self.engine.stats();
+            if stats.finished + stats.cancelled + stats.failed >= requests {
                 return;
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        panic!("not cancelled: {:?}", self.engine.stats());
+        panic!("not ended: {:?}", self.engine.stats());
     }
 
     /// Waits until the engine runs nothing.
@@ -202,6 +203,7 @@ async fn sixty_four_streams_are_what_each_is_alone() {
     });
     let got = join_all(streams).await;
     assert_eq!(got, expected);
+    server.ended(64).await;
     let stats = server.engine.stats();
     assert_eq!((stats.finished, stats.cancelled, stats.failed), (64, 0, 0));
     server.end().await;
@@ -447,7 +449,7 @@ async fn whoever_goes_away_is_not_generated_for() {
     let mut bytes = response.bytes_stream();
     assert!(bytes.next().await.unwrap().is_ok());
     drop(bytes);
-    server.cancelled(4).await;
+    server.ended(4).await;
     let stats = server.engine.stats();
     assert_eq!(stats.cancelled, 4, "{stats:?}");
     assert!(stats.generated_tokens < 4 * 250, "{stats:?}");
@@ -456,7 +458,7 @@ async fn whoever_goes_away_is_not_generated_for() {
     let body = with(long, json!({ "stream": false }));
     let waited = tokio::time::timeout(Duration::from_millis(100), server.post(CHAT, &body)).await;
     assert!(waited.is_err());
-    server.cancelled(8).await;
+    server.ended(8).await;
     assert_eq!(server.engine.stats().cancelled, 8);
     server.end().await;
 }
@@ -500,7 +502,7 @@ async fn what_it_is_and_does_is_told() {
         assert!(!page.contains(outside), "{outside}");
     }
     server.json(CHAT, &chat("Once upon a time")).await;
-    server.idle().await;
+    server.ended(1).await;
     let metrics = server.get("/metrics").await;
     let value = |name: &str| -> f64 {
         let line = metrics.lines().find(|line| line.starts_with(&format!("{name} ")));
