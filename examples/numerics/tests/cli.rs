@@ -119,3 +119,34 @@ fn what_does_not_fit_the_machine_is_refused_before_it_is_made() {
     refused(example("compare").args(layers), &["layers", "jamba-tales-11m"]);
     refused(example("compare").args(["--preset", "jamba-9"]), &["jamba-9"]);
 }
+
+#[test]
+fn files_of_activations_are_compared_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let [a, b, other] = ["a", "b", "other"].map(|name| folder.path().join(name));
+    let write = |op: &str, seed: &str, to: &Path| {
+        success(example("problems").args(["--op", op, "--seed", seed, "-o"]).arg(to));
+    };
+    write("linear", "1", &a);
+    write("linear", "1", &b);
+    write("silu_mul", "1", &other);
+    let compared = |to: &Path| {
+        let json = success(example("compare").arg("--trace").args([&a, to]).arg("--json"));
+        serde_json::from_str::<Vec<serde_json::Value>>(&json).unwrap()
+    };
+    let same = compared(&b);
+    assert!(same.len() > 2 && same.iter().all(|d| d["largest"] == 0.0 && d["fault"].is_null()));
+    // What one has and the other has not, or has in another shape, is a fault by its name.
+    let named = |d: &&serde_json::Value| d["name"] == "in.weight" && !d["fault"].is_null();
+    assert_eq!(compared(&other).iter().filter(named).count(), 1);
+    refused(example("compare").arg("--trace").arg(&a).arg(folder.path().join("none")), &["none"]);
+}
+
+#[test]
+fn errors_above_a_bound_end_with_1() {
+    let bounded = |bound| {
+        let args = ["--b", "cpu-f32", "--tokens", "3", "--at-most", bound];
+        example("compare").args(args).output().unwrap().status.code()
+    };
+    assert_eq!((bounded("1e-4"), bounded("0")), (Some(0), Some(1)));
+}
