@@ -1,10 +1,14 @@
 //! Whole models, where the conformance kit has no case: sizes at the edge of what kernels are made
 //! for, long contexts, copies of slots, and the demo model's text.
 
+use std::sync::Arc;
+
+use half::{bf16, f16};
 use jamba_core::random::RandomParams;
+use jamba_core::weights::ParamSpec;
 use jamba_core::{
-    Batch, Config, Dtype, GenerateOptions, LanguageModel, Limits, Model, ModelRunner, Outputs,
-    Runner, Sampling, SessionOptions, StatePart, Tokenizer, generate,
+    Batch, Config, Dtype, GenerateOptions, HostTensor, LanguageModel, Limits, Model, ModelRunner,
+    Outputs, Param, ParamSource, Runner, Sampling, SessionOptions, StatePart, Tokenizer, generate,
 };
 use jamba_cpu::{CpuBackend, ReferenceBackend};
 use jamba_cuda::{CudaBackend, Precision};
@@ -21,6 +25,7 @@ pub(crate) fn trials(precision: Precision) -> Vec<Trial> {
     };
     vec![
         trial("edges", edges),
+        trial("stored", stored),
         trial("long", long),
         trial("copied", copied),
         trial("demo", demo),
@@ -51,6 +56,46 @@ fn edges(backend: CudaBackend) -> Result<(), Failed> {
     let report = lockstep(&mut reference, &mut cuda, &batches)?;
     let beyond = report.beyond(tolerance("lockstep", precision, format));
     check(beyond.is_empty(), format!("{report}"))
+}
+
+/// Random parameters in any dtype, of values that all of them hold.
+struct Stored(Dtype);
+
+impl ParamSource for Stored {
+    fn param(&self, spec: &ParamSpec) -> jamba_core::Result<Param> {
+        let param = RandomParams { seed: 5, dtype: Dtype::Bf16 }.param(spec)?;
+        // f16 has no small exponents.
+        let hold = |v: &f32| if v.abs() < 1e-4 { 0.0 } else { *v };
+        let values: Vec<f32> = param.to_f32().iter().map(hold).collect();
+        let halves = |bits: fn(f32) -> u16| {
+            let bits = values.iter().map(|&v| bits(v)).collect();
+            HostTensor::from_halves(self.0, param.shape.clone(), bits)
+        };
+        let tensor = match self.0 {
+            Dtype::F32 => HostTensor::from_f32(param.shape.clone(), values),
+            Dtype::F16 => halves(|v| f16::from_f32(v).to_bits()),
+            Dtype::Bf16 => halves(|v| bf16::from_f32(v).to_bits()),
+        };
+        Ok(Param::new(param.name, param.role, tensor))
+    }
+}
+
+/// The same values give the same bits whatever the dtype in which a checkpoint stores them.
+fn stored(backend: CudaBackend) -> Result<(), Failed> {
+    let backend = Arc::new(backend);
+    let tokens = text(15, 40, 256);
+    let logits = [Dtype::Bf16, Dtype::F16, Dtype::F32].map(|dtype| {
+        let mut config = small();
+        (config.num_experts, config.vocab_size) = (4, 256);
+        let model = Model::new(config, &Stored(dtype), backend.clone())?;
+        let mut session = model.session(SessionOptions { context: 40, ..Default::default() })?;
+        Ok::<_, jamba_core::Error>(session.append(&tokens)?.to_vec())
+    });
+    let [bf16, f16, f32] = logits;
+    let (bf16, f16, f32) = (bf16?, f16?, f32?);
+    check(bf16.iter().any(|v| *v != 0.0), "logits of zero")?;
+    check(bf16 == f16, "f16 gives other logits than bf16")?;
+    check(bf16 == f32, "f32 gives other logits than bf16")
 }
 
 fn last_logits(

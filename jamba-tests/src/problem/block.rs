@@ -413,19 +413,24 @@ pub(crate) fn smallest_margin(
     smallest
 }
 
-/// The first of some seeds from this one on for which every choice of experts is beyond doubt,
-/// else the best of them.
-pub(crate) fn settle(seed: u32, precision: Precision, margin: impl Fn(u32) -> f32) -> u32 {
+/// The first of some seeds from this one on that leaves no doubt which experts are chosen, and
+/// which `sound` accepts; an error is the one that leaves least doubt, where there is none.
+pub(crate) fn settle(
+    seed: u32,
+    precision: Precision,
+    margin: impl Fn(u32) -> f32,
+    sound: impl Fn(u32) -> bool,
+) -> std::result::Result<u32, u32> {
     let tries = if precision == Precision::F32 { 20 } else { 200 };
     let mut best = (f32::NEG_INFINITY, seed);
     for seed in (0..tries).map(|i| seed.wrapping_add(i)) {
         let margin = margin(seed);
-        if margin >= decisive(precision) {
-            return seed;
+        if margin >= decisive(precision) && sound(seed) {
+            return Ok(seed);
         }
         if margin > best.0 {
             best = (margin, seed);
         }
     }
-    best.1
+    Err(best.1)
 }

@@ -42,8 +42,15 @@ impl Problem for Layer {
                     let layer = Self(Block { seed, ..block.clone() });
                     smallest_margin(block.sizes.top_k, |b| layer.run_inner(b).map(drop))
                 };
-                let seed = if experts { settle(block.seed, block.precision, margin) } else { block.seed };
-                Self(Block { seed, ..block })
+                match experts.then(|| settle(block.seed, block.precision, margin, |_| true)) {
+                    Some(Ok(seed)) => Self(Block { seed, ..block }),
+                    // No seed leaves no doubt: nothing is left to choose.
+                    Some(Err(_)) => {
+                        block.sizes.top_k = block.sizes.experts;
+                        Self(block)
+                    }
+                    None => Self(block),
+                }
             })
             .boxed()
     }
