@@ -1,5 +1,6 @@
 //! Matrix products of all numbers of rows, beside the speed at which this machine reads memory.
-//! `cargo bench -p jamba-cpu [-- ISA]`; RAYON_NUM_THREADS sets the threads.
+//! `cargo bench -p jamba-cpu [-- ISA] [NAME..]`, of all products or those whose name begins so;
+//! RAYON_NUM_THREADS sets the threads.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -12,10 +13,11 @@ const SHAPES: [[usize; 2]; 4] = [[16384, 2560], [2560, 8192], [1024, 256], [256,
 const ROWS: [usize; 8] = [1, 2, 4, 8, 16, 32, 128, 512];
 
 fn main() -> Result<()> {
-    let isa = std::env::args().skip(1).find(|a| a != "--bench");
+    let mut names: Vec<_> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     let backends = CpuBackend::all();
-    let wanted = |b: &&CpuBackend| isa.as_ref().is_none_or(|isa| isa == b.isa());
-    let backend = *backends.iter().find(wanted).unwrap_or(&backends[0]);
+    let wanted = names.first().and_then(|isa| backends.iter().find(|b| b.isa() == isa));
+    let backend = *wanted.unwrap_or(&backends[0]);
+    names.drain(..usize::from(wanted.is_some()));
     println!("{backend:?}, {} threads", rayon::current_num_threads());
     for shape @ [n, k] in SHAPES {
         println!("{n} x {k}: memory is read at {:.1} GB/s", read_probe());
@@ -32,7 +34,9 @@ fn main() -> Result<()> {
                 WeightFormat::Stored => format!("{dtype} x {precision}"),
                 format => format!("{format} x int8"),
             };
-            products(&backend, &name, backend.upload(weight(shape, dtype))?, shape)?;
+            if names.is_empty() || names.iter().any(|wanted| name.starts_with(wanted)) {
+                products(&backend, &name, backend.upload(weight(shape, dtype))?, shape)?;
+            }
         }
     }
     Ok(())

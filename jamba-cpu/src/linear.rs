@@ -8,17 +8,15 @@ use std::cell::Cell;
 use std::marker::PhantomData;
 
 use half::bf16;
-use jamba_core::quant::BLOCK;
 use jamba_core::shape::Shaped;
-use jamba_core::{Packing, Precision, Result};
+use jamba_core::{Precision, Result};
 
-use crate::packed::{ActivationRow, Activations, PackedRows};
+use crate::packed::{Activations, Group, PackedRows};
 use crate::simd::columns::{Block, Columns, for_each, for_each_rows};
-use crate::simd::dots::{Ahead, Dots, TILE_N, Widened, tile};
+use crate::simd::dots::{self, Dots, TILE_N, Turn, Widened};
 use crate::simd::int8;
-#[cfg(target_arch = "x86_64")]
-use crate::simd::int8::tile_vnni;
-use crate::simd::{Isa, with_simd};
+use crate::simd::integers::Integers;
+use crate::simd::{Isa, with_integers, with_simd};
 use crate::tensor::View;
 use crate::weight::{Rows, Weight};
 
@@ -26,8 +24,8 @@ use crate::weight::{Rows, Weight};
 pub(crate) const PARALLEL: usize = 1 << 17;
 /// Bytes of W that one task works on, which stay in the second-level cache.
 const TASK: usize = 256 << 10;
-/// Bytes of x that stay there while a task passes through its rows of W.
-const PANEL: usize = 384 << 10;
+/// Tiles of x that pass over a few rows of W together, at most.
+const FEW: usize = 4;
 
 /// How products are computed.
 #[derive(Clone, Copy)]
@@ -54,7 +52,7 @@ struct Rounded<'a> {
 
 impl<'a> Rounded<'a> {
     #[inline(always)]
-    fn row(&self, row: usize) -> ActivationRow<'a> {
+    fn row(&self, row: usize) -> &'a [Group] {
         self.all.row(self.first + self.index.map_or(row, |index| index[row]))
     }
 }
@@ -171,16 +169,9 @@ impl Products {
         let done = weight.pieces(start, len, |at, rows| match (isa, x.bf16, rows) {
             (_, _, Rows::Packed(weights, rows)) if let Some(int8) = x.int8 => {
                 let weights = weights.rows(rows);
-                match isa {
-                    #[cfg(target_arch = "x86_64")]
-                    Isa::Avx512Bf16(d) => d.vectorize(
-                        #[inline(always)]
-                        || blocked_vnni(d, int8, x.rows(), weights, out, at),
-                    ),
-                    _ => with_simd!(isa, _s => {
-                        blocked_int8(int8, x.rows(), weights, out, at)
-                    }),
-                }
+                with_integers!(isa, d => {
+                    Integer { d, x: int8, rows: x.rows(), w: weights }.products(out, at)
+                });
             }
             // A few rows at a time become f32.
             (_, _, Rows::Packed(weights, rows)) => {
@@ -191,23 +182,24 @@ impl Products {
                     Rows::Packed(weights, some).widen(tile);
                     with_simd!(isa, s => {
                         let dots = Widened::<_, f32>(s, PhantomData);
-                        blocked(dots, x.f32, tile, out, at + first - rows.start)
+                        Stored { d: dots, x: x.f32, w: tile }.products(out, at + first - rows.start)
                     });
                 }
             }
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512Bf16(d), Some(x), Rows::Bf16(w)) => d.vectorize(
+            (Isa::Avx512Bf16(d), Some(x), Rows::Bf16(w)) => Dots::vectorize(
+                d,
                 #[inline(always)]
-                || blocked(d, x, w, out, at),
+                || Stored { d, x, w }.products(out, at),
             ),
             (_, _, Rows::F32(w)) => with_simd!(isa, s => {
-                blocked(Widened(s, PhantomData), x.f32, w, out, at)
+                Stored { d: Widened(s, PhantomData), x: x.f32, w }.products(out, at)
             }),
             (_, _, Rows::F16(w)) => with_simd!(isa, s => {
-                blocked(Widened(s, PhantomData), x.f32, w, out, at)
+                Stored { d: Widened(s, PhantomData), x: x.f32, w }.products(out, at)
             }),
             (_, _, Rows::Bf16(w)) => with_simd!(isa, s => {
-                blocked(Widened(s, PhantomData), x.f32, w, out, at)
+                Stored { d: Widened(s, PhantomData), x: x.f32, w }.products(out, at)
             }),
         });
         debug_assert!(done.is_ok());
@@ -220,37 +212,50 @@ pub(crate) fn task_rows(k: usize, n: usize) -> usize {
     most.min(n.div_ceil(8)).next_multiple_of(TILE_N).max(16)
 }
 
-/// All products of the rows of x with some rows of W, into the columns of `out` from `at` on.
-#[inline(always)]
-fn blocked<D: Dots>(d: D, x: View<'_, D::X>, w: &[D::W], out: &mut Block<'_>, at: usize) {
-    let k = x.cols;
-    let n = w.len().checked_div(k).unwrap_or(0);
-    let panel = (PANEL / (k * size_of::<D::X>()).max(1)).max(D::TILE_M);
-    let panel = panel.min(x.rows).next_multiple_of(D::TILE_M);
-    for m0 in (0..x.rows).step_by(panel.max(1)) {
-        let end = (m0 + panel).min(x.rows);
-        for j in (0..n).step_by(TILE_N) {
-            let width = TILE_N.min(n - j);
-            // Past the last row it stands in for those that are not there.
-            let row = |i: usize| &w[(j + i).min(n - 1) * k..][..k];
-            let w = [row(0), row(1), row(2), row(3)];
-            let mut m = m0;
-            let next = w[0].as_ptr().wrapping_add(TILE_N * k);
-            let tiles = (end - m0).div_ceil(D::TILE_M);
-            let mut turn = 0;
+/// Products of rows of x with rows of W by tiles.
+trait Tiles {
+    /// Rows of x in the largest tile: 6, 4 or 2.
+    const TILE_M: usize;
+
+    /// Rows of x, and of W.
+    fn rows(&self) -> [usize; 2];
+
+    /// The products of M rows of x from number `m` on with these of W.
+    fn tile<const M: usize>(&self, m: usize, w: [usize; TILE_N], turn: Turn) -> [[f32; TILE_N]; M];
+
+    /// Writes all products, into the columns of `out` from `at` on.
+    #[inline(always)]
+    fn products(&self, out: &mut Block<'_>, at: usize) {
+        let [rows, n] = self.rows();
+        let tiles = rows.div_ceil(Self::TILE_M);
+        // Few rows of x pass all together over each few rows of W, at the speed of memory. With more,
+        // each tile of them stays in the first-level cache while it passes over all rows of W, which
+        // the first one has brought into the second.
+        let is_few = tiles <= FEW;
+        let width = if is_few { TILE_N } else { n };
+        for first in (0..n).step_by(width.max(1)) {
+            let (mut m, mut turn) = (0, 0);
             macro_rules! tiles {
-                ($rows:literal) => {
-                    while end - m >= $rows && $rows <= D::TILE_M {
-                        let mut rows = [&[][..]; $rows];
+                ($m:literal) => {
+                    while rows - m >= $m && $m <= Self::TILE_M {
+                        let turn_of_tile = match is_few {
+                            true => Turn { tiles, turn },
+                            false if turn == 0 => Turn { tiles: 1, turn },
+                            false => Turn::NEVER,
+                        };
+                        for j in (first..n.min(first + width)).step_by(TILE_N) {
+                            // Past the last row it stands in for those that are not there.
+                            let row = |i: usize| (j + i).min(n - 1);
+                            let w = [row(0), row(1), row(2), row(3)];
+                            let sums = self.tile::<$m>(m, w, turn_of_tile);
+                            let width = TILE_N.min(n - j);
+                            for (i, sums) in sums.iter().enumerate() {
+                                let out = &mut out.row(m + i)[at + j..at + j + width];
+                                out.copy_from_slice(&sums[..width]);
+                            }
+                        }
                         turn += 1;
-                        for (i, row) in rows.iter_mut().enumerate() {
-                            *row = x.row(m + i);
-                        }
-                        let sums = tile::<D, $rows>(d, rows, w, Some(Ahead { next, tiles, turn }));
-                        for (i, sums) in sums.iter().enumerate() {
-                            out.row(m + i)[at + j..at + j + width].copy_from_slice(&sums[..width]);
-                        }
-                        m += $rows;
+                        m += $m;
                     }
                 };
             }
@@ -262,71 +267,57 @@ fn blocked<D: Dots>(d: D, x: View<'_, D::X>, w: &[D::W], out: &mut Block<'_>, at
     }
 }
 
-/// All products with some quantised rows of W, into the columns of `out` from `at` on.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-fn blocked_vnni(
-    isa: crate::simd::Avx512Bf16,
-    x: Rounded<'_>,
-    rows: usize,
-    w: PackedRows<'_>,
-    out: &mut Block<'_>,
-    at: usize,
-) {
-    let n = w.quants.len().checked_div(w.stride()).unwrap_or(0);
-    // Rows of x that stay in the second-level cache.
-    let panel = (PANEL / (w.blocks * BLOCK).max(1)).max(1).next_multiple_of(4);
-    macro_rules! tiles {
-        ($m:literal, $n:literal, $j:ident, $from:ident, $to:expr) => {
-            while $to - $from >= $m {
-                let mut of_x = [x.row($from); $m];
-                for (i, of_x) in of_x.iter_mut().enumerate() {
-                    *of_x = x.row($from + i);
-                }
-                let mut of_w = [$j; $n];
-                for (i, of_w) in of_w.iter_mut().enumerate() {
-                    // Past the last row it stands in for those that are not there.
-                    *of_w = ($j + i).min(n - 1);
-                }
-                let ahead = if $from == 0 { $n * w.stride() } else { 0 };
-                let sums = if w.packing == Packing::Int4Block {
-                    tile_vnni::<$m, $n, true>(isa, of_x, w, of_w, ahead)
-                } else {
-                    tile_vnni::<$m, $n, false>(isa, of_x, w, of_w, ahead)
-                };
-                let width = $n.min(n - $j);
-                for (i, sums) in sums.iter().enumerate() {
-                    out.row($from + i)[at + $j..at + $j + width].copy_from_slice(&sums[..width]);
-                }
-                $from += $m;
-            }
-        };
+/// Rows of W as they are stored.
+struct Stored<'a, D: Dots> {
+    d: D,
+    x: View<'a, D::X>,
+    w: &'a [D::W],
+}
+
+impl<D: Dots> Tiles for Stored<'_, D> {
+    const TILE_M: usize = D::TILE_M;
+
+    #[inline(always)]
+    fn rows(&self) -> [usize; 2] {
+        [self.x.rows, self.w.len().checked_div(self.x.cols).unwrap_or(0)]
     }
-    for first in (0..rows).step_by(panel) {
-        let end = (first + panel).min(rows);
-        let wide = if rows == 1 { 4 } else { 2 };
-        for j in (0..n).step_by(wide) {
-            let mut m = first;
-            if rows == 1 {
-                tiles!(1, 4, j, m, end);
-            } else {
-                tiles!(4, 2, j, m, end);
-                tiles!(2, 2, j, m, end);
-                tiles!(1, 2, j, m, end);
-            }
+
+    #[inline(always)]
+    fn tile<const M: usize>(&self, m: usize, w: [usize; TILE_N], turn: Turn) -> [[f32; TILE_N]; M] {
+        let k = self.x.cols;
+        let row = |row: usize| &self.w[row * k..][..k];
+        let of_w = [row(w[0]), row(w[1]), row(w[2]), row(w[3])];
+        let mut of_x = [&[][..]; M];
+        for (i, of_x) in of_x.iter_mut().enumerate() {
+            *of_x = self.x.row(m + i);
         }
+        dots::tile(self.d, of_x, of_w, turn)
     }
 }
 
-/// As [`blocked_vnni`], on any machine.
-#[inline(always)]
-fn blocked_int8(x: Rounded<'_>, rows: usize, w: PackedRows<'_>, out: &mut Block<'_>, at: usize) {
-    let n = w.quants.len().checked_div(w.stride()).unwrap_or(0);
-    for j in 0..n {
-        for m in 0..rows {
-            let [[sum]] = int8::tile([x.row(m)], w, [j]);
-            out.row(m)[at + j] = sum;
+/// Quantised rows of W, with rows of x as integers.
+struct Integer<'a, D: Integers> {
+    d: D,
+    x: Rounded<'a>,
+    rows: usize,
+    w: PackedRows<'a>,
+}
+
+impl<D: Integers> Tiles for Integer<'_, D> {
+    const TILE_M: usize = D::TILE_M;
+
+    #[inline(always)]
+    fn rows(&self) -> [usize; 2] {
+        [self.rows, self.w.quants.len().checked_div(self.w.stride()).unwrap_or(0)]
+    }
+
+    #[inline(always)]
+    fn tile<const M: usize>(&self, m: usize, w: [usize; TILE_N], turn: Turn) -> [[f32; TILE_N]; M] {
+        let mut of_x = [&[][..]; M];
+        for (i, of_x) in of_x.iter_mut().enumerate() {
+            *of_x = self.x.row(m + i);
         }
+        int8::tile(self.d, of_x, self.w, w, turn)
     }
 }
 
@@ -358,8 +349,8 @@ mod tests {
         let value = |i: usize| {
             let (row, i) = (all.row(i / k), i % k);
             let (group, b, at) = (i / GROUP, i / 32 % LANES, i % 32);
-            let q = row.quants[group][at / STEP * LANES * STEP + b * STEP + at % STEP];
-            f64::from(q) * f64::from(row.scales[group][b])
+            let q = row[group].quants[at / STEP * LANES * STEP + b * STEP + at % STEP];
+            f64::from(q) * f64::from(row[group].scales[b])
         };
         (0..x.len()).map(value).collect()
     }

@@ -9,7 +9,7 @@ use jamba_core::quant::{BLOCK, Scales};
 use jamba_core::{Packing, Quantized};
 use rayon::prelude::*;
 
-use crate::simd::columns::for_each_rows3;
+use crate::simd::columns::for_each_rows;
 use crate::simd::{Isa, with_simd};
 
 /// Blocks of a group: lanes of the widest vector.
@@ -152,38 +152,32 @@ fn interleave(packing: Packing, from: &[u8], to: &mut [u8]) {
     }
 }
 
-/// Rows of activations as integers with a scale per block, in groups of 16 blocks as above, filled
-/// up with zeros.
-#[derive(Default)]
-pub(crate) struct Activations {
-    quants: Vec<i8>,
-    /// Where they begin on a cache line.
-    start: usize,
-    /// Per block.
-    scales: Vec<f32>,
+/// Up to 16 blocks of a row of activations as integers with a scale each, in the order of a group of
+/// weights, filled up with zeros.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct Group {
+    pub(crate) quants: [i8; GROUP],
+    pub(crate) scales: [f32; LANES],
     /// Minus the sum of the integers of each block.
-    sums: Vec<i32>,
-    groups: usize,
+    pub(crate) minus: [i32; LANES],
 }
 
-/// One row of [`Activations`].
-#[derive(Clone, Copy)]
-pub(crate) struct ActivationRow<'a> {
-    pub(crate) quants: &'a [[i8; GROUP]],
-    pub(crate) scales: &'a [[f32; LANES]],
-    pub(crate) sums: &'a [[i32; LANES]],
+/// Rows of activations as integers.
+#[derive(Default)]
+pub(crate) struct Activations {
+    groups: Vec<Group>,
+    /// Groups of a row.
+    per_row: usize,
 }
 
 impl Activations {
     /// Makes room.
     pub(crate) fn resize(&mut self, rows: usize, cols: usize) {
-        self.groups = cols.div_ceil(GROUP);
-        let groups = rows * self.groups;
-        if self.quants.len() < groups * GROUP + 63 {
-            self.quants.resize(groups * GROUP + 63, 0);
-            self.start = self.quants.as_ptr().align_offset(64).min(63);
-            self.scales.resize(groups * LANES, 0.0);
-            self.sums.resize(groups * LANES, 0);
+        self.per_row = cols.div_ceil(GROUP);
+        if self.groups.len() < rows * self.per_row {
+            let zero = Group { quants: [0; GROUP], scales: [0.0; LANES], minus: [0; LANES] };
+            self.groups.resize(rows * self.per_row, zero);
         }
     }
 
@@ -195,76 +189,53 @@ impl Activations {
         parallel: bool,
         row: impl Fn(usize) -> &'a [f32] + Sync,
     ) {
-        let n = self.groups;
-        let all = (&mut self.quants[self.start..][..rows * n * GROUP], GROUP * n);
-        let scales = (&mut self.scales[..rows * n * LANES], LANES * n);
-        let sums = (&mut self.sums[..rows * n * LANES], LANES * n);
-        for_each_rows3(all, scales, sums, parallel, |r, quants, scales, sums| {
-            let x = row(r).chunks(GROUP);
-            let to = quants.as_chunks_mut::<GROUP>().0.iter_mut();
-            let scales = scales.as_chunks_mut::<LANES>().0.iter_mut();
-            let sums = sums.as_chunks_mut::<LANES>().0.iter_mut();
+        let n = self.per_row;
+        for_each_rows(&mut self.groups[..rows * n], n, 8, parallel, |first, groups| {
             with_simd!(isa, _s => {
-                for (((x, to), scales), sums) in x.zip(to).zip(scales).zip(sums) {
-                    round_group(x, to, scales, sums);
+                for (r, groups) in groups.chunks_exact_mut(n).enumerate() {
+                    for (x, to) in row(first + r).chunks(GROUP).zip(groups) {
+                        round_group(x, to);
+                    }
                 }
             });
         });
     }
 
     #[inline(always)]
-    pub(crate) fn row(&self, row: usize) -> ActivationRow<'_> {
-        let n = self.groups;
-        let quants = &self.quants[self.start + row * n * GROUP..][..n * GROUP];
-        let scales = &self.scales[row * n * LANES..(row + 1) * n * LANES];
-        let sums = &self.sums[row * n * LANES..(row + 1) * n * LANES];
-        ActivationRow {
-            quants: quants.as_chunks().0,
-            scales: scales.as_chunks().0,
-            sums: sums.as_chunks().0,
-        }
+    pub(crate) fn row(&self, row: usize) -> &[Group] {
+        &self.groups[row * self.per_row..(row + 1) * self.per_row]
     }
 }
 
 /// Rounds up to 16 blocks: `q = round(x / scale)`, ties to even, `scale = max |x| / 127`. Plain loops
 /// over whole blocks, which the compiler makes vectors of.
 #[inline(always)]
-fn round_group(
-    x: &[f32],
-    to: &mut [i8; GROUP],
-    scales: &mut [f32; LANES],
-    sums: &mut [i32; LANES],
-) {
+fn round_group(x: &[f32], to: &mut Group) {
     let (blocks, rest) = x.as_chunks::<BLOCK>();
     for (b, block) in blocks.iter().enumerate() {
-        round_block(b, block, to, &mut scales[b], &mut sums[b]);
+        round_block(b, block, to);
     }
     if x.len() < GROUP {
         let mut padded = [0.0; BLOCK];
         padded[..rest.len()].copy_from_slice(rest);
-        round_block(blocks.len(), &padded, to, &mut scales[blocks.len()], &mut sums[blocks.len()]);
+        round_block(blocks.len(), &padded, to);
         for b in blocks.len() + 1..LANES {
-            round_block(b, &[0.0; BLOCK], to, &mut scales[b], &mut sums[b]);
+            round_block(b, &[0.0; BLOCK], to);
         }
     }
 }
 
 #[inline(always)]
-fn round_block(
-    b: usize,
-    x: &[f32; BLOCK],
-    to: &mut [i8; GROUP],
-    scale: &mut f32,
-    minus_sum: &mut i32,
-) {
+fn round_block(b: usize, x: &[f32; BLOCK], to: &mut Group) {
     // Of numbers without sign the bits are in the order of the values, and NaN comes last: it goes
     // on, into the scale.
     let mut largest = 0;
     for v in x {
         largest = largest.max(v.to_bits() & 0x7fff_ffff);
     }
-    *scale = f32::from_bits(largest) / 127.0;
-    let inverse = if *scale >= f32::MIN_POSITIVE { scale.recip() } else { 0.0 };
+    let scale = f32::from_bits(largest) / 127.0;
+    to.scales[b] = scale;
+    let inverse = if scale >= f32::MIN_POSITIVE { scale.recip() } else { 0.0 };
     let mut quants = [0i32; BLOCK];
     for (q, v) in quants.iter_mut().zip(x) {
         // Adding 1.5 * 2^23 leaves no bits below the point.
@@ -276,12 +247,12 @@ fn round_block(
     for q in quants {
         sum += q;
     }
-    *minus_sum = -sum;
+    to.minus[b] = -sum;
     let mut bytes = [0i8; BLOCK];
     for (to, q) in bytes.iter_mut().zip(quants) {
         *to = q as i8;
     }
-    let steps = to.as_chunks_mut::<{ LANES * STEP }>().0;
+    let steps = to.quants.as_chunks_mut::<{ LANES * STEP }>().0;
     for (to, four) in steps.iter_mut().zip(bytes.as_chunks::<STEP>().0) {
         to[b * STEP..(b + 1) * STEP].copy_from_slice(four);
     }
@@ -317,8 +288,8 @@ mod tests {
         let row = rounded.row(0);
         for (i, x) in x.iter().enumerate() {
             let (group, b, at) = (i / GROUP, i / BLOCK % LANES, i % BLOCK);
-            let scale = row.scales[group][b];
-            let q = row.quants[group][at / STEP * LANES * STEP + b * STEP + at % STEP];
+            let scale = row[group].scales[b];
+            let q = row[group].quants[at / STEP * LANES * STEP + b * STEP + at % STEP];
             assert!((f32::from(q) * scale - x).abs() <= 0.5001 * scale, "{i}");
         }
     }

@@ -165,32 +165,6 @@ pub(crate) fn for_each_rows<T: Send>(
     });
 }
 
-/// Calls `f` once for every row of three matrices, given with their columns; on several threads if
-/// `parallel`. They must have as many rows each.
-pub(crate) fn for_each_rows3<A: Send, B: Send, C: Send>(
-    (a, a_cols): (&mut [A], usize),
-    (b, b_cols): (&mut [B], usize),
-    (c, c_cols): (&mut [C], usize),
-    parallel: bool,
-    f: impl Fn(usize, &mut [A], &mut [B], &mut [C]) + Sync,
-) {
-    /// Rows of a task.
-    const ROWS: usize = 8;
-    let rows = a.len().checked_div(a_cols).unwrap_or(0);
-    let (a, b, c) = (Shared::new(a), Shared::new(b), Shared::new(c));
-    run(rows.div_ceil(ROWS), parallel, |index| {
-        for r in index * ROWS..rows.min((index + 1) * ROWS) {
-            // SAFETY: this row is handed out once, and no other overlaps it.
-            let a = unsafe { a.part(r * a_cols, a_cols) };
-            // SAFETY: as above.
-            let b = unsafe { b.part(r * b_cols, b_cols) };
-            // SAFETY: as above.
-            let c = unsafe { c.part(r * c_cols, c_cols) };
-            f(r, a, b, c);
-        }
-    });
-}
-
 fn run(tasks: usize, parallel: bool, f: impl Fn(usize) + Sync) {
     if parallel && tasks > 1 {
         team::lead(|| team::run(tasks, f));

@@ -96,25 +96,29 @@ impl<S: Simd, E: Element> Dots for Widened<S, E> {
     }
 }
 
-/// What to fetch into the cache meanwhile: as much as a tile has, in turn with the other tiles that
-/// have the same rows of W.
+/// Whose turn it is to fetch the next rows of W into the cache, among the tiles that have the same
+/// rows of it: each does so at every one of so many steps.
 #[derive(Clone, Copy)]
-pub(crate) struct Ahead<W> {
-    /// The next rows of W.
-    pub(crate) next: *const W,
+pub(crate) struct Turn {
     /// Number of tiles that take turns.
     pub(crate) tiles: usize,
-    /// Number of this tile, from 1.
+    /// Number of this tile.
     pub(crate) turn: usize,
 }
 
-/// The products of M rows of x and four rows of W, all of the same length.
+impl Turn {
+    /// No turn at all.
+    pub(crate) const NEVER: Self = Self { tiles: usize::MAX, turn: usize::MAX };
+}
+
+/// The products of M rows of x and four rows of W, all of the same length. The rows of W that come
+/// next are fetched meanwhile.
 #[inline(always)]
 pub(crate) fn tile<D: Dots, const M: usize>(
     d: D,
     x: [&[D::X]; M],
     w: [&[D::W]; TILE_N],
-    ahead: Option<Ahead<D::W>>,
+    Turn { tiles, mut turn }: Turn,
 ) -> [[f32; TILE_N]; M] {
     let k = w[0].len();
     let (mut equal, mut x_at) = (true, [std::ptr::null(); M]);
@@ -130,19 +134,17 @@ pub(crate) fn tile<D: Dots, const M: usize>(
 
     let mut sums = [[d.zero(); TILE_N]; M];
     let full = k - k % D::STEP;
-    let nothing = Ahead { next: w_at[0], tiles: usize::MAX, turn: usize::MAX };
-    let Ahead { next, tiles, mut turn } = ahead.unwrap_or(nothing);
     let mut i = 0;
     while i < full {
         // SAFETY: i + STEP <= k, the length of every row.
         unsafe { step(d, x_at, w_at, i, &mut sums) };
-        turn -= 1;
         if turn == 0 {
             turn = tiles;
-            for n in 0..TILE_N {
-                prefetch(next.wrapping_add(TILE_N * i + n * D::STEP));
+            for w in w_at {
+                prefetch(w.wrapping_add(TILE_N * k + i));
             }
         }
+        turn -= 1;
         i += D::STEP;
     }
     if full < k {

@@ -6,282 +6,180 @@
 
 use jamba_core::Packing;
 
-use crate::packed::{ActivationRow, GROUP, LANES, PackedRows, STEP, block_bytes};
+use super::Simd;
+use super::dots::{TILE_N, Turn, prefetch};
+use super::integers::Integers;
+use crate::packed::{Group, LANES, PackedRows, STEP, block_bytes};
 
-/// Sums of products of a group, one for each block.
-type Sums = [i32; LANES];
-
-/// The products of M rows of x and rows `j` to `j + N` of W; past the last row it stands in for
-/// those that are not there. Any machine.
+/// The products of M rows of x and four rows of W, which are given by number. The rows of W that come
+/// next are fetched meanwhile.
 #[inline(always)]
-pub(crate) fn tile<const M: usize, const N: usize>(
-    x: [ActivationRow<'_>; M],
+pub(crate) fn tile<D: Integers, const M: usize>(
+    d: D,
+    x: [&[Group]; M],
     w: PackedRows<'_>,
-    rows: [usize; N],
-) -> [[f32; N]; M] {
-    let mut out = [[0.0; N]; M];
-    let bytes = block_bytes(w.packing);
-    for n in 0..N {
-        let quants = &w.quants[rows[n] * w.stride()..][..w.stride()];
-        let mut lanes = [[0f32; LANES]; M];
-        for (g, quants) in quants.chunks(LANES * bytes).enumerate() {
-            let blocks = quants.len() / bytes;
-            let mut scales = [1f32; LANES];
-            if w.row_scales.is_empty() {
-                let bits = &w.block_scales[rows[n] * w.blocks + g * LANES..][..blocks];
-                scales.iter_mut().zip(bits).for_each(|(s, b)| {
-                    *s = f32::from_bits(u32::from(*b) << 16);
-                });
+    rows: [usize; TILE_N],
+    turn: Turn,
+) -> [[f32; TILE_N]; M] {
+    let mut out = match w.packing {
+        Packing::Int4Block => sums::<D, M, true>(d, x, w, rows, turn),
+        Packing::Int8Row | Packing::Int8Block => sums::<D, M, false>(d, x, w, rows, turn),
+    };
+    if !w.row_scales.is_empty() {
+        for out in &mut out {
+            for (out, row) in out.iter_mut().zip(rows) {
+                *out *= w.row_scales[row];
             }
-            for m in 0..M {
-                let sums = group(w.packing, quants, blocks, &x[m].quants[g]);
-                for l in 0..blocks {
-                    lanes[m][l] += sums[l] as f32 * (scales[l] * x[m].scales[g][l]);
-                }
-            }
-        }
-        let scale = w.row_scales.get(rows[n]).copied().unwrap_or(1.0);
-        for (out, lanes) in out.iter_mut().zip(lanes) {
-            out[n] = sum(lanes) * scale;
         }
     }
     out
 }
 
+/// As [`tile`], without the scales of rows.
 #[inline(always)]
-fn group(packing: Packing, quants: &[u8], blocks: usize, x: &[i8; GROUP]) -> Sums {
-    let mut sums = [0; LANES];
-    let x = x.as_chunks::<STEP>().0.chunks_exact(LANES);
-    if packing == Packing::Int4Block {
-        let mut x = x;
-        for quants in quants.chunks_exact(blocks * STEP) {
-            let (Some(low), Some(high)) = (x.next(), x.next()) else { break };
-            let quants = quants.as_chunks::<STEP>().0;
-            for (((sum, q), low), high) in sums.iter_mut().zip(quants).zip(low).zip(high) {
-                for i in 0..STEP {
-                    *sum += (i32::from(q[i] & 15) - 8) * i32::from(low[i]);
-                    *sum += (i32::from(q[i] >> 4) - 8) * i32::from(high[i]);
+fn sums<D: Integers, const M: usize, const FOUR_BITS: bool>(
+    d: D,
+    x: [&[Group]; M],
+    w: PackedRows<'_>,
+    rows: [usize; TILE_N],
+    Turn { tiles, mut turn }: Turn,
+) -> [[f32; TILE_N]; M] {
+    /// Scales of a row that has none in its groups.
+    const ONES: &[u16; LANES] = &[0x3f80; LANES];
+    let s = d.simd();
+    let (whole, rest) = (w.blocks / LANES, w.blocks % LANES);
+    let bytes = block_bytes(w.packing) * LANES;
+    let (stride, by_row) = (w.stride(), !w.row_scales.is_empty());
+    let mut equal = true;
+    for x in x {
+        equal &= x.len() == w.blocks.div_ceil(LANES);
+    }
+    assert!(equal, "rows of different lengths");
+    let mut quants = [w.quants.as_ptr(); TILE_N];
+    let mut scales = [ONES.as_ptr(); TILE_N];
+    for n in 0..TILE_N {
+        quants[n] = w.quants[rows[n] * stride..][..stride].as_ptr();
+        if !by_row {
+            scales[n] = w.block_scales[rows[n] * w.blocks..][..w.blocks].as_ptr();
+        }
+    }
+    let mut lanes = [[s.splat(0.0); TILE_N]; M];
+    for g in 0..whole {
+        let at = quants.map(|q| q.wrapping_add(g * bytes));
+        if turn == 0 {
+            turn = tiles;
+            for at in at {
+                for line in (0..bytes).step_by(64) {
+                    prefetch(at.wrapping_add(TILE_N * stride + line));
                 }
             }
         }
-    } else {
-        for (quants, x) in quants.chunks_exact(blocks * STEP).zip(x) {
-            let quants = quants.as_chunks::<STEP>().0;
-            for ((sum, q), x) in sums.iter_mut().zip(quants).zip(x) {
-                for i in 0..STEP {
-                    *sum += i32::from(q[i].cast_signed()) * i32::from(x[i]);
-                }
-            }
+        turn -= 1;
+        let scales = scales.map(|s| s.wrapping_add(if by_row { 0 } else { g * LANES }));
+        // SAFETY: every row of W has this group, and x too.
+        unsafe { group::<D, M, FOUR_BITS, true>(d, x, g, at, scales, LANES, &mut lanes) };
+    }
+    if rest > 0 {
+        let at = quants.map(|q| q.wrapping_add(whole * bytes));
+        let mut padded = [[0; LANES]; TILE_N];
+        for n in 0..TILE_N {
+            let of_row = if by_row {
+                &ONES[..rest]
+            } else {
+                &w.block_scales[rows[n] * w.blocks + whole * LANES..][..rest]
+            };
+            padded[n][..rest].copy_from_slice(of_row);
         }
+        let scales =
+            [padded[0].as_ptr(), padded[1].as_ptr(), padded[2].as_ptr(), padded[3].as_ptr()];
+        // SAFETY: the rest of each row has this many blocks, and x has the group.
+        unsafe { group::<D, M, FOUR_BITS, false>(d, x, whole, at, scales, rest, &mut lanes) };
     }
-    sums
+    let mut out = [[0.0; TILE_N]; M];
+    for m in 0..M {
+        out[m] = s.sum4(lanes[m]);
+    }
+    out
 }
 
-/// In the order of `Avx512::sum4`.
+/// Adds the products of group number g; a `WHOLE` one has 16 blocks.
+///
+/// # Safety
+/// Each of `quants` must have the bytes of so many blocks, each of `scales` 16 of them, and each row
+/// of x the group.
 #[inline(always)]
-fn sum(v: [f32; LANES]) -> f32 {
-    let mut fours = [0.0; 4];
-    for (four, v) in fours.iter_mut().zip(v.as_chunks::<4>().0) {
-        *four = (v[0] + v[2]) + (v[1] + v[3]);
-    }
-    (fours[0] + fours[2]) + (fours[1] + fours[3])
-}
-
-#[cfg(target_arch = "x86_64")]
-pub(crate) use vnni::tile as tile_vnni;
-
-#[cfg(target_arch = "x86_64")]
-mod vnni {
-    use std::arch::x86_64::*;
-
-    use jamba_core::Packing;
-
-    use super::super::bf16::Avx512Bf16;
-    use super::super::dots::prefetch;
-    use super::super::x86::Avx512;
-    use crate::packed::{ActivationRow, GROUP, LANES, PackedRows, STEP, block_bytes};
-    use crate::simd::Simd;
-
-    /// As [`super::tile`], `FOUR_BITS` for that packing; what lies `ahead` bytes further on in W is
-    /// fetched into the cache, if that is not 0. The instruction multiplies unsigned with signed
-    /// integers: weights are taken as `q + 128`, or `q + 8` of four bits, and the sums begin with
-    /// that many times minus the sum of x.
-    #[inline(always)]
-    pub(crate) fn tile<const M: usize, const N: usize, const FOUR_BITS: bool>(
-        isa: Avx512Bf16,
-        x: [ActivationRow<'_>; M],
-        w: PackedRows<'_>,
-        rows: [usize; N],
-        ahead: usize,
-    ) -> [[f32; N]; M] {
-        assert_eq!(w.packing == Packing::Int4Block, FOUR_BITS);
-        let s = isa.avx512();
-        let by_row = !w.row_scales.is_empty();
-        // Bytes of a whole group.
-        let width = block_bytes(w.packing) * LANES;
-        let mut lanes = [[s.splat(0.0); N]; M];
-        for g in 0..w.blocks.div_ceil(LANES) {
-            let blocks = LANES.min(w.blocks - g * LANES);
-            let mask = (0xffff_u32 >> (LANES - blocks)) as __mmask16;
-            let mut quants = [&[][..]; N];
-            let mut w_scales = [s.splat(1.0); N];
-            for n in 0..N {
-                let of_row = &w.quants[rows[n] * w.stride()..][..w.stride()];
-                quants[n] = &of_row[g * width..of_row.len().min((g + 1) * width)];
-                if !by_row {
-                    let scales = &w.block_scales[rows[n] * w.blocks + g * LANES..][..blocks];
-                    // SAFETY: as many are read as there are blocks.
-                    let bits = unsafe { _mm256_maskz_loadu_epi16(mask, scales.as_ptr().cast()) };
-                    w_scales[n] = s.widen_bf16(bits);
-                }
-                if ahead > 0 {
-                    for line in (0..width).step_by(64) {
-                        prefetch(quants[n].as_ptr().wrapping_add(ahead + line));
+unsafe fn group<D: Integers, const M: usize, const FOUR_BITS: bool, const WHOLE: bool>(
+    d: D,
+    x: [&[Group]; M],
+    g: usize,
+    quants: [*const u8; TILE_N],
+    scales: [*const u16; TILE_N],
+    blocks: usize,
+    lanes: &mut [[<D::S as Simd>::F; TILE_N]; M],
+) {
+    let s = d.simd();
+    let blocks = if WHOLE { LANES } else { blocks };
+    // Of `steps` vectors of W, each is multiplied once or, of four bits, twice.
+    let steps = if FOUR_BITS { 4 } else { 8 };
+    let width = D::S::LANES;
+    for first in (0..LANES).step_by(width) {
+        if !WHOLE && first >= blocks {
+            break;
+        }
+        // SAFETY: the row has the group.
+        let x = x.map(|x| unsafe { x.get_unchecked(g) });
+        let mut sums = [[d.zero(); TILE_N]; M];
+        for m in 0..M {
+            // SAFETY: a group has 16 of them.
+            let minus = unsafe { d.load_bytes(x[m].minus[first..].as_ptr().cast()) };
+            sums[m] = [if FOUR_BITS { d.start4(minus) } else { d.start8(minus) }; TILE_N];
+        }
+        for i in 0..steps {
+            let mut w = [d.zero(); TILE_N];
+            for n in 0..TILE_N {
+                let at = quants[n].wrapping_add((i * blocks + first) * STEP);
+                w[n] = if WHOLE {
+                    // SAFETY: a whole group has 16 lanes in each of its vectors.
+                    unsafe { d.load_bytes(at) }
+                } else {
+                    // SAFETY: so many lanes are left in this vector.
+                    unsafe { d.load_some(at, blocks - first) }
+                };
+            }
+            for m in 0..M {
+                let at = |step: usize| x[m].quants[(step * LANES + first) * STEP..].as_ptr().cast();
+                if FOUR_BITS {
+                    // SAFETY: a group of x has 8 vectors.
+                    let low = unsafe { d.load_bytes(at(2 * i)) };
+                    // SAFETY: as above.
+                    let high = unsafe { d.load_bytes(at(2 * i + 1)) };
+                    for n in 0..TILE_N {
+                        sums[m][n] = d.dot4(d.low_bits(w[n]), low, sums[m][n]);
+                    }
+                    for n in 0..TILE_N {
+                        sums[m][n] = d.dot4(d.high_bits(w[n]), high, sums[m][n]);
+                    }
+                } else {
+                    // SAFETY: as above.
+                    let x = unsafe { d.load_bytes(at(i)) };
+                    for n in 0..TILE_N {
+                        sums[m][n] = d.dot8(w[n], x, sums[m][n]);
                     }
                 }
             }
-            let sums = if blocks == LANES {
-                group::<M, N, FOUR_BITS, true>(isa, &x, g, quants, blocks)
-            } else {
-                group::<M, N, FOUR_BITS, false>(isa, &x, g, quants, blocks)
-            };
-            for m in 0..M {
-                let x_scales = s.load(&x[m].scales[g]);
-                for n in 0..N {
-                    let scale = s.mul(w_scales[n], x_scales);
-                    lanes[m][n] = s.fma(s.convert(sums[m][n]), scale, lanes[m][n]);
-                }
-            }
         }
-        let mut out = [[0.0; N]; M];
+        let mut w_scales = [s.splat(0.0); TILE_N];
+        for n in 0..TILE_N {
+            // SAFETY: there are 16 of them.
+            let of_w = unsafe { std::slice::from_raw_parts(scales[n].wrapping_add(first), width) };
+            w_scales[n] = s.load_bf16(of_w);
+        }
         for m in 0..M {
-            for n in (0..N).step_by(2) {
-                let [a, b, ..] = s.sum4([lanes[m][n], lanes[m][n + 1], lanes[m][n], lanes[m][n]]);
-                out[m][n..n + 2].copy_from_slice(&[a, b]);
+            let x_scales = s.load(&x[m].scales[first..first + width]);
+            for n in 0..TILE_N {
+                let scale = s.mul(w_scales[n], x_scales);
+                lanes[m][n] = s.fma(d.convert(sums[m][n]), scale, lanes[m][n]);
             }
-        }
-        if by_row {
-            for out in &mut out {
-                for n in 0..N {
-                    out[n] *= w.row_scales[rows[n]];
-                }
-            }
-        }
-        out
-    }
-
-    /// Sums of the products of a group; a `WHOLE` one has 16 blocks.
-    #[inline(always)]
-    fn group<const M: usize, const N: usize, const FOUR_BITS: bool, const WHOLE: bool>(
-        isa: Avx512Bf16,
-        x: &[ActivationRow<'_>; M],
-        g: usize,
-        quants: [&[u8]; N],
-        blocks: usize,
-    ) -> [[__m512i; N]; M] {
-        let s = isa.avx512();
-        let blocks = if WHOLE { LANES } else { blocks };
-        let mask = (0xffff_u32 >> (LANES - blocks)) as __mmask16;
-        // Of `steps` vectors of W, each is multiplied once or, of four bits, twice.
-        let steps = if FOUR_BITS { 4 } else { 8 };
-        for quants in quants {
-            assert!(quants.len() == steps * blocks * STEP);
-        }
-        let mut sums = [[s.zero_i32(); N]; M];
-        for m in 0..M {
-            let minus = s.load_i32(&x[m].sums[g]);
-            let start = if FOUR_BITS { s.shift::<3>(minus) } else { s.shift::<7>(minus) };
-            sums[m] = [start; N];
-        }
-        for i in 0..steps {
-            for n in 0..N {
-                let at = quants[n].as_ptr().wrapping_add(i * blocks * STEP);
-                let q = if WHOLE {
-                    // SAFETY: the row has 16 lanes in each of `steps` vectors.
-                    unsafe { _mm512_loadu_si512(at.cast()) }
-                } else {
-                    // SAFETY: the lanes of the mask are those that the row has.
-                    unsafe { _mm512_maskz_loadu_epi32(mask, at.cast()) }
-                };
-                for m in 0..M {
-                    let x = &x[m].quants[g];
-                    sums[m][n] = if FOUR_BITS {
-                        let low = isa.dot_i8(s.low_bits(q), x, 2 * i, sums[m][n]);
-                        isa.dot_i8(s.high_bits(q), x, 2 * i + 1, low)
-                    } else {
-                        isa.dot_i8(s.flip(q), x, i, sums[m][n])
-                    };
-                }
-            }
-        }
-        sums
-    }
-
-    impl Avx512Bf16 {
-        /// Adds the products of 64 unsigned and signed integers, four to a lane.
-        #[inline(always)]
-        fn dot_i8(self, w: __m512i, x: &[i8; GROUP], step: usize, sums: __m512i) -> __m512i {
-            let x = &x[step * LANES * STEP..(step + 1) * LANES * STEP];
-            // SAFETY: 64 bytes are read.
-            let x = unsafe { _mm512_loadu_si512(x.as_ptr().cast()) };
-            // SAFETY: `self` proves that the machine has the instruction.
-            unsafe { _mm512_dpbusd_epi32(sums, w, x) }
-        }
-    }
-
-    /// Calls an intrinsic.
-    macro_rules! intrinsic {
-        ($call:expr) => {
-            // SAFETY: `self` proves that the machine has the instruction.
-            unsafe { $call }
-        };
-    }
-
-    impl Avx512 {
-        #[inline(always)]
-        fn zero_i32(self) -> __m512i {
-            intrinsic!(_mm512_setzero_si512())
-        }
-
-        #[inline(always)]
-        fn load_i32(self, v: &[i32; LANES]) -> __m512i {
-            // SAFETY: 64 bytes are read.
-            unsafe { _mm512_loadu_si512(v.as_ptr().cast()) }
-        }
-
-        /// Times a power of two.
-        #[inline(always)]
-        fn shift<const BITS: u32>(self, v: __m512i) -> __m512i {
-            intrinsic!(_mm512_slli_epi32::<BITS>(v))
-        }
-
-        /// Signed bytes plus 128.
-        #[inline(always)]
-        fn flip(self, v: __m512i) -> __m512i {
-            intrinsic!(_mm512_xor_si512(v, _mm512_set1_epi8(i8::MIN)))
-        }
-
-        /// The lower four bits of every byte.
-        #[inline(always)]
-        fn low_bits(self, v: __m512i) -> __m512i {
-            intrinsic!(_mm512_and_si512(v, _mm512_set1_epi8(15)))
-        }
-
-        /// The upper four bits of every byte.
-        #[inline(always)]
-        fn high_bits(self, v: __m512i) -> __m512i {
-            intrinsic!(_mm512_and_si512(_mm512_srli_epi32::<4>(v), _mm512_set1_epi8(15)))
-        }
-
-        #[inline(always)]
-        fn convert(self, v: __m512i) -> __m512 {
-            intrinsic!(_mm512_cvtepi32_ps(v))
-        }
-
-        /// From bits of bf16.
-        #[inline(always)]
-        fn widen_bf16(self, v: __m256i) -> __m512 {
-            intrinsic!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(v))))
         }
     }
 }

@@ -15,6 +15,7 @@ mod x86;
 pub(crate) mod columns;
 pub(crate) mod dots;
 pub(crate) mod int8;
+pub(crate) mod integers;
 pub(crate) mod peak;
 
 #[cfg(target_arch = "x86_64")]
@@ -210,16 +211,19 @@ macro_rules! with_simd {
         use $crate::simd::{Simd, Vectors};
         match $isa.vectors() {
             #[cfg(target_arch = "x86_64")]
-            Vectors::Avx512($s) => $s.vectorize(
+            Vectors::Avx512($s) => Simd::vectorize(
+                $s,
                 #[inline(always)]
                 || $body,
             ),
             #[cfg(target_arch = "x86_64")]
-            Vectors::Avx2($s) => $s.vectorize(
+            Vectors::Avx2($s) => Simd::vectorize(
+                $s,
                 #[inline(always)]
                 || $body,
             ),
-            Vectors::Portable($s) => $s.vectorize(
+            Vectors::Portable($s) => Simd::vectorize(
+                $s,
                 #[inline(always)]
                 || $body,
             ),
@@ -227,5 +231,38 @@ macro_rules! with_simd {
     }};
 }
 pub(crate) use with_simd;
+
+/// As [`with_simd`], for [`Integers`](integers::Integers).
+macro_rules! with_integers {
+    ($isa:expr, $d:ident => $body:expr) => {{
+        use $crate::simd::integers::Integers;
+        match $isa {
+            #[cfg(target_arch = "x86_64")]
+            $crate::simd::Isa::Avx512Bf16($d) => Integers::vectorize(
+                $d,
+                #[inline(always)]
+                || $body,
+            ),
+            #[cfg(target_arch = "x86_64")]
+            $crate::simd::Isa::Avx512($d) => Integers::vectorize(
+                $d,
+                #[inline(always)]
+                || $body,
+            ),
+            #[cfg(target_arch = "x86_64")]
+            $crate::simd::Isa::Avx2($d) => Integers::vectorize(
+                $d,
+                #[inline(always)]
+                || $body,
+            ),
+            $crate::simd::Isa::Portable($d) => Integers::vectorize(
+                $d,
+                #[inline(always)]
+                || $body,
+            ),
+        }
+    }};
+}
+pub(crate) use with_integers;
 
 pub(crate) use math::{exp, exp2, silu, softplus};
