@@ -66,16 +66,19 @@ fn sums<D: Integers, const M: usize, const FOUR_BITS: bool>(
     let mut lanes = [[s.splat(0.0); TILE_N]; M];
     for g in 0..whole {
         let at = quants.map(|q| q.wrapping_add(g * bytes));
+        let scales = scales.map(|s| s.wrapping_add(if by_row { 0 } else { g * LANES }));
         if turn == 0 {
             turn = tiles;
-            for at in at {
+            for n in 0..TILE_N {
                 for line in (0..bytes).step_by(64) {
-                    prefetch(at.wrapping_add(TILE_N * stride + line));
+                    prefetch(at[n].wrapping_add(TILE_N * stride + line));
+                }
+                if !by_row {
+                    prefetch(scales[n].wrapping_add(TILE_N * w.blocks));
                 }
             }
         }
         turn -= 1;
-        let scales = scales.map(|s| s.wrapping_add(if by_row { 0 } else { g * LANES }));
         // SAFETY: every row of W has this group, and x too.
         unsafe { group::<D, M, FOUR_BITS, true>(d, x, g, at, scales, LANES, &mut lanes) };
     }
