@@ -24,6 +24,8 @@ use crate::weight::{Rows, Weight};
 pub(crate) const PARALLEL: usize = 1 << 17;
 /// Bytes of W that one task works on, which stay in the second-level cache.
 const TASK: usize = 256 << 10;
+/// Rows of x that stay in the last-level cache while all rows of W pass by.
+const PANEL: usize = 512;
 /// Tiles of x that pass over a few rows of W together, at most.
 const FEW: usize = 4;
 
@@ -139,19 +141,21 @@ impl Products {
     ) -> Result<()> {
         weight.check_matrix()?;
         let [n, k] = weight.shape();
-        let parallel = x.rows * k * n >= PARALLEL;
         self.prepare(x, weight, |x| {
-            let out = Columns::new(out, n, n, task_rows(k, n));
-            for_each([out], parallel, |[mut block]| {
-                let cols = block.cols();
-                self.products(x, weight, cols.start, &mut block);
-                if let Some(bias) = bias {
-                    for m in 0..x.rows() {
-                        let out = block.row(m).iter_mut();
-                        out.zip(&bias[cols.clone()]).for_each(|(out, b)| *out += b);
+            for (rows, out) in panels(x.rows(), out, n) {
+                let (x, parallel) = (x.range(rows.clone()), rows.len() * k * n >= PARALLEL);
+                let out = Columns::new(out, n, n, task_rows(k, n));
+                for_each([out], parallel, |[mut block]| {
+                    let cols = block.cols();
+                    self.products(x, weight, cols.start, &mut block);
+                    if let Some(bias) = bias {
+                        for m in 0..x.rows() {
+                            let out = block.row(m).iter_mut();
+                            out.zip(&bias[cols.clone()]).for_each(|(out, b)| *out += b);
+                        }
                     }
-                }
-            });
+                });
+            }
         });
         Ok(())
     }
@@ -164,6 +168,9 @@ impl Products {
         start: usize,
         out: &mut Block<'_>,
     ) {
+        thread_local! {
+            static WIDENED: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+        }
         let isa = self.isa;
         let len = out.cols().len();
         let done = weight.pieces(start, len, |at, rows| match (isa, x.bf16, rows) {
@@ -175,7 +182,8 @@ impl Products {
             }
             // A few rows at a time become f32.
             (_, _, Rows::Packed(weights, rows)) => {
-                let mut tile = vec![0.0; TILE_N * x.f32.cols];
+                let mut tile = WIDENED.take();
+                tile.resize(TILE_N * x.f32.cols, 0.0);
                 for first in rows.clone().step_by(TILE_N) {
                     let some = first..rows.end.min(first + TILE_N);
                     let tile = &mut tile[..some.len() * x.f32.cols];
@@ -185,6 +193,7 @@ impl Products {
                         Stored { d: dots, x: x.f32, w: tile }.products(out, at + first - rows.start)
                     });
                 }
+                WIDENED.set(tile);
             }
             #[cfg(target_arch = "x86_64")]
             (Isa::Avx512Bf16(d), Some(x), Rows::Bf16(w)) => Dots::vectorize(
@@ -204,6 +213,17 @@ impl Products {
         });
         debug_assert!(done.is_ok());
     }
+}
+
+/// Rows of x that are multiplied with all of W before the next are, so that a long prompt is a number
+/// of short ones to the caches, and the rows of `out (rows, n)` that they make.
+pub(crate) fn panels(
+    rows: usize,
+    out: &mut [f32],
+    n: usize,
+) -> impl Iterator<Item = (std::ops::Range<usize>, &mut [f32])> {
+    let starts = (0..rows).step_by(PANEL).map(move |first| first..rows.min(first + PANEL));
+    starts.zip(out.chunks_mut((PANEL * n).max(1)))
 }
 
 /// Rows of W that one task works on: enough tasks for the threads to end at the same time.

@@ -8,8 +8,8 @@ use jamba_core::shape::Shaped;
 use jamba_core::weights::{Mlp, Moe};
 
 use crate::elementwise::silu_mul;
-use crate::linear::{PARALLEL, Products, task_rows};
-use crate::simd::columns::{Block, Columns, for_each_group, for_each_rows};
+use crate::linear::{PARALLEL, Products, panels, task_rows};
+use crate::simd::columns::{Block, Columns, for_each, for_each_group, for_each_rows};
 use crate::tensor::View;
 use crate::weight::Weight;
 
@@ -127,11 +127,14 @@ pub(crate) fn mlp(
     weights.gate_up_proj.check_matrix()?;
     let (tokens, hidden, inter) = (x.rows, x.cols, weights.down_proj.shape()[1]);
     products.prepare(x, &weights.gate_up_proj, |x| {
-        let matrix = Columns::new(act, inter, inter, task_rows(hidden, 2 * inter));
-        let parallel = tokens * hidden * 2 * inter >= PARALLEL;
-        for_each_group(&matrix, &[tokens], parallel, |_, mut block| {
-            gate_up(products, x, &weights.gate_up_proj, (0, inter), &mut block);
-        });
+        for (rows, act) in panels(tokens, act, inter) {
+            let (x, parallel) =
+                (x.range(rows.clone()), rows.len() * hidden * 2 * inter >= PARALLEL);
+            let matrix = Columns::new(act, inter, inter, task_rows(hidden, 2 * inter));
+            for_each([matrix], parallel, |[mut block]| {
+                gate_up(products, x, &weights.gate_up_proj, (0, inter), &mut block);
+            });
+        }
     });
     products.linear(View::new(act, inter), &weights.down_proj, None, out)
 }
