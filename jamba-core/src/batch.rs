@@ -36,11 +36,25 @@ pub enum Outputs {
 }
 
 /// The tokens of one step. Prompts, parts of prompts and single tokens may share it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub struct Batch {
     tokens: Vec<u32>,
     runs: Vec<Run>,
     outputs: Vec<usize>,
+}
+
+impl Clone for Batch {
+    fn clone(&self) -> Self {
+        let Self { tokens, runs, outputs } = self;
+        Self { tokens: tokens.clone(), runs: runs.clone(), outputs: outputs.clone() }
+    }
+
+    /// Keeps the memory, which a derived one does not.
+    fn clone_from(&mut self, from: &Self) {
+        self.tokens.clone_from(&from.tokens);
+        self.runs.clone_from(&from.runs);
+        self.outputs.clone_from(&from.outputs);
+    }
 }
 
 impl Batch {
