@@ -37,10 +37,10 @@ fn count(runner: &mut impl Runner, batch: &Batch) -> usize {
     COUNT.load(Ordering::Relaxed) - before
 }
 
-/// A prompt of 40 tokens, and then a token for it and one for another sequence.
+/// A prompt of 12 tokens, and then a token for it and one for another sequence.
 fn batches() -> [Batch; 2] {
-    let prompt: Vec<u32> = (5..45).collect();
-    let mut tokens = Batch::single(0, 40, &[7], Outputs::Last);
+    let prompt: Vec<u32> = (5..17).collect();
+    let mut tokens = Batch::single(0, 12, &[7], Outputs::Last);
     tokens.push(1, 0, &[9], Outputs::Last);
     [Batch::single(0, 0, &prompt, Outputs::Last), tokens]
 }
@@ -48,7 +48,7 @@ fn batches() -> [Batch; 2] {
 fn runner(backend: CpuBackend) -> ModelRunner<CpuBackend> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/jamba-tales-11m");
     let model = Model::load(folder, backend).unwrap();
-    ModelRunner::new(model, Limits { slots: 2, context: 64, tokens: 40, outputs: 2 }).unwrap()
+    ModelRunner::new(model, Limits { slots: 2, context: 64, tokens: 12, outputs: 2 }).unwrap()
 }
 
 /// Every instruction set and format, after steps of the same sizes: on a pool of one thread, where
