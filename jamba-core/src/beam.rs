@@ -5,6 +5,7 @@ use std::cmp::Ordering;
 use crate::backend::Limits;
 use crate::batch::{Batch, Outputs};
 use crate::error::{Error, Result, at_least_one};
+use crate::generate::Hold;
 use crate::model::{LanguageModel, Runner};
 
 /// Tokens of the prompt that are run in one step.
@@ -26,6 +27,9 @@ pub struct BeamOptions {
     pub early_stopping: bool,
     /// Tokens that end a continuation, instead of the model's.
     pub eos_token_ids: Option<Vec<u32>>,
+    /// What every continuation must follow ([`GenerateOptions::grammar`](crate::GenerateOptions)).
+    #[cfg(feature = "structured")]
+    pub grammar: Option<crate::grammar::Grammar>,
 }
 
 impl Default for BeamOptions {
@@ -36,6 +40,8 @@ impl Default for BeamOptions {
             length_penalty: 1.0,
             early_stopping: false,
             eos_token_ids: None,
+            #[cfg(feature = "structured")]
+            grammar: None,
         }
     }
 }
@@ -55,6 +61,7 @@ struct Beam {
     ids: Vec<u32>,
     /// Sum of the log-probabilities.
     sum: f64,
+    hold: Hold,
 }
 
 /// A beam and a token after it.
@@ -100,7 +107,12 @@ pub fn beam_search(
     let mut runner = model.runner(limits)?;
     let logits = read_prompt(&mut *runner, prompt, tokens)?;
     let eos = options.eos_token_ids.as_ref().unwrap_or(&model.config().eos_token_ids);
-    Search { options, eos, running: vec![Beam::default()], finished: Vec::new() }.run(
+    #[cfg(feature = "structured")]
+    let hold = Hold::new(options.grammar.as_ref(), None, model.config())?;
+    #[cfg(not(feature = "structured"))]
+    let hold = Hold::default();
+    let first = Beam { hold, ..Beam::default() };
+    Search { options, eos, running: vec![first], finished: Vec::new() }.run(
         &mut *runner,
         prompt.len(),
         logits,
@@ -140,7 +152,7 @@ impl Search<'_> {
             if !logits.iter().all(|v| v.is_finite()) {
                 return Err(Error::NonFinite { position });
             }
-            let sources = self.choose(&logits);
+            let sources = self.choose(&logits)?;
             if self.is_done() {
                 return Ok(self.finished);
             }
@@ -157,7 +169,7 @@ impl Search<'_> {
     }
 
     /// Takes the next token of every beam. Returns from which slot each of the new ones comes.
-    fn choose(&mut self, logits: &[f32]) -> Vec<usize> {
+    fn choose(&mut self, logits: &[f32]) -> Result<Vec<usize>> {
         let &BeamOptions { beams, max_tokens, .. } = self.options;
         let len = self.running.first().map_or(0, |beam| beam.ids.len()) + 1;
         let mut running = Vec::new();
@@ -165,12 +177,14 @@ impl Search<'_> {
         let is_open = !self.is_full() || !self.stops_early();
         // Those that end must leave enough that go on.
         let kept = beams.saturating_mul(2.max(1 + self.eos.len()));
-        for (rank, candidate) in self.candidates(logits, kept).into_iter().enumerate() {
+        for (rank, candidate) in self.candidates(logits, kept)?.into_iter().enumerate() {
             let Candidate { beam, id, sum } = candidate;
             let ids = || [&self.running[beam].ids[..], &[id]].concat();
-            if !self.eos.contains(&id) && len < max_tokens {
+            let mut hold = self.running[beam].hold.clone();
+            let is_complete = hold.push(id, self.eos)?;
+            if !self.eos.contains(&id) && !is_complete && len < max_tokens {
                 if running.len() < beams {
-                    running.push(Beam { ids: ids(), sum });
+                    running.push(Beam { ids: ids(), sum, hold });
                     sources.push(beam);
                 }
             } else if rank < beams && is_open {
@@ -182,22 +196,25 @@ impl Search<'_> {
             }
         }
         self.running = running;
-        sources
+        Ok(sources)
     }
 
     /// The most probable pairs of a beam and its next token, best first.
-    fn candidates(&self, logits: &[f32], kept: usize) -> Vec<Candidate> {
+    fn candidates(&mut self, logits: &[f32], kept: usize) -> Result<Vec<Candidate>> {
         let vocab_size = logits.len() / self.running.len().max(1);
         let mut all = Vec::with_capacity(logits.len());
         let rows = logits.chunks_exact(vocab_size.max(1));
-        for (beam, (row, Beam { sum, .. })) in rows.zip(&self.running).enumerate() {
+        for (beam, (row, Beam { sum, hold, .. })) in rows.zip(&mut self.running).enumerate() {
             let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             let total: f64 = row.iter().map(|v| f64::from(v - max).exp()).sum();
             let normaliser = f64::from(max) + total.ln();
-            all.extend((0..).zip(row).map(|(id, logit)| Candidate {
-                beam,
-                id,
-                sum: sum + f64::from(*logit) - normaliser,
+            let allowed = hold.mask(self.eos)?;
+            let may_come = |id: u32| {
+                let word = |allowed: &[u32]| allowed.get(id as usize / 32).copied().unwrap_or(0);
+                allowed.is_none_or(|allowed| word(allowed) >> (id % 32) & 1 == 1)
+            };
+            all.extend((0..).zip(row).filter(|(id, _)| may_come(*id)).map(|(id, logit)| {
+                Candidate { beam, id, sum: *sum + f64::from(*logit) - normaliser }
             }));
         }
         if kept < all.len() {
@@ -205,7 +222,7 @@ impl Search<'_> {
             all.truncate(kept);
         }
         all.sort_unstable_by(Candidate::rank);
-        all
+        Ok(all)
     }
 
     fn length(&self, tokens: usize) -> f64 {

@@ -168,6 +168,12 @@ pub enum Error {
         /// What is wrong with it, or what it says about the messages.
         reason: String,
     },
+    /// A grammar cannot be compiled, or no token of the model follows it.
+    #[error("grammar: {}", escaped(reason))]
+    Grammar {
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A message of a chat is not what it should be.
     #[error("{}", escaped(reason))]
     Message {

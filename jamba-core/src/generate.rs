@@ -12,11 +12,13 @@ use crate::sampler::Sampling;
 use crate::session::Session;
 use crate::tokenizer::Tokenizer;
 
+mod hold;
 mod stops;
 #[cfg(test)]
 mod tests;
 mod writer;
 
+pub(crate) use hold::Hold;
 #[cfg(test)]
 use stops::Stops;
 pub(crate) use writer::Writer;
@@ -39,6 +41,11 @@ pub struct GenerateOptions {
     /// Whether the tokens of the prompt are to be scored too, and how many of the most probable
     /// tokens each score is to name.
     pub prompt_logprobs: Option<usize>,
+    /// What the text must follow, from its first character on; it ends where nothing can follow it
+    /// any more. A text that is cut off ([`max_tokens`](Self::max_tokens), a stop string) is the
+    /// beginning of one that does.
+    #[cfg(feature = "structured")]
+    pub grammar: Option<crate::grammar::Grammar>,
 }
 
 impl Default for GenerateOptions {
@@ -50,6 +57,8 @@ impl Default for GenerateOptions {
             ignore_eos: false,
             logprobs: 0,
             prompt_logprobs: None,
+            #[cfg(feature = "structured")]
+            grammar: None,
         }
     }
 }
@@ -83,6 +92,8 @@ pub enum FinishReason {
     Eos,
     /// A stop string was completed.
     Stop,
+    /// The text is complete: its grammar allows nothing more.
+    Grammar,
     /// [`GenerateOptions::max_tokens`] were generated.
     Length,
     /// The session is full.
@@ -92,11 +103,12 @@ pub enum FinishReason {
 }
 
 impl FinishReason {
-    /// `eos`, `stop`, `length`, `context` or `cancelled`.
+    /// `eos`, `stop`, `grammar`, `length`, `context` or `cancelled`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Eos => "eos",
             Self::Stop => "stop",
+            Self::Grammar => "grammar",
             Self::Length => "length",
             Self::Context => "context",
             Self::Cancelled => "cancelled",

@@ -44,6 +44,7 @@
 //! | [`state`], [`fingerprint`] | states as values, and which model they are of |
 //! | [`tokenizer`], [`sampler`], [`generate`](mod@generate), [`beam`], [`logprobs`] | text |
 //! | `chat` (feature `chat`) | messages, templates, tool calls, conversations as state |
+//! | `grammar` (feature `structured`) | text held to JSON schemas, regular expressions and grammars |
 //! | [`engine`] | many requests on one model |
 //! | [`trace`], [`recording`] | activations by name |
 //!
@@ -78,6 +79,8 @@ pub mod engine;
 pub mod error;
 pub mod fingerprint;
 pub mod generate;
+#[cfg(feature = "structured")]
+pub mod grammar;
 pub mod host;
 pub mod logprobs;
 pub mod memory;

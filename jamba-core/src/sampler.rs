@@ -255,6 +255,19 @@ impl Sampler {
     /// [`Error::Shape`], [`Error::NonFinite`] where a logit is NaN or `+inf` or all are `-inf`,
     /// [`Error::Option`] where `logit_bias` leaves no token. Nothing is drawn or counted then.
     pub fn sample(&mut self, logits: &[f32]) -> Result<Sampled> {
+        self.choose(logits, None)
+    }
+
+    /// [`sample`](Self::sample) of the tokens of a set: a bit for each, the lowest of the first word
+    /// for token 0. Tokens beyond the words are not in it.
+    ///
+    /// # Errors
+    /// Those of `sample`, and [`Error::Grammar`] where the set has no token that is possible.
+    pub fn sample_among(&mut self, logits: &[f32], allowed: &[u32]) -> Result<Sampled> {
+        self.choose(logits, Some(allowed))
+    }
+
+    fn choose(&mut self, logits: &[f32], allowed: Option<&[u32]>) -> Result<Sampled> {
         let vocab_size = self.counts.len();
         if logits.len() != vocab_size {
             return Err(Error::Shape {
@@ -269,6 +282,9 @@ impl Sampler {
             return Err(Error::NonFinite { position: self.position });
         }
         self.score(logits);
+        if let Some(allowed) = allowed {
+            self.forbid_all_but(allowed)?;
+        }
         let best = max(&self.scores);
         if best == f32::NEG_INFINITY {
             return Err(Error::Option {
@@ -281,6 +297,23 @@ impl Sampler {
         let id = if self.sampling.temperature == 0.0 { best as u32 } else { self.draw(best) };
         self.observe(id);
         Ok(Sampled { id, logprob: log_prob(logits, id) })
+    }
+
+    fn forbid_all_but(&mut self, allowed: &[u32]) -> Result<()> {
+        let was_possible = max(&self.scores) > f32::NEG_INFINITY;
+        let words = allowed.iter().copied().chain(std::iter::repeat(0));
+        for (scores, word) in self.scores.chunks_mut(u32::BITS as usize).zip(words) {
+            for (bit, score) in scores.iter_mut().enumerate() {
+                if word >> bit & 1 == 0 {
+                    *score = f32::NEG_INFINITY;
+                }
+            }
+        }
+        if was_possible && max(&self.scores) == f32::NEG_INFINITY {
+            let reason = "no token that the model and the options allow follows it".into();
+            return Err(Error::Grammar { reason });
+        }
+        Ok(())
     }
 
     /// Counts a token as generated that was chosen elsewhere.

@@ -10,6 +10,8 @@ use tokenizers::models::ModelWrapper;
 use crate::config::{Fields, missing, read_file, read_json};
 use crate::error::{Error, Result};
 
+#[cfg(feature = "structured")]
+mod bytes;
 #[cfg(feature = "chat")]
 mod chat;
 mod decoder;
@@ -35,6 +37,9 @@ struct Inner {
     tokenizer: tokenizers::Tokenizer,
     /// The same, to which special tokens are mere text. Made when it is first needed.
     untrusting: OnceLock<tokenizers::Tokenizer>,
+    /// What grammars need to know. Made when it is first needed.
+    #[cfg(feature = "structured")]
+    tries: OnceLock<Arc<llguidance::ParserFactory>>,
     alphabet: Alphabet,
     /// The largest id, plus one.
     ids: usize,
@@ -92,8 +97,18 @@ impl Tokenizer {
                 return Err(refused(&config_path, reason));
             }
         }
-        let untrusting = OnceLock::new();
-        let inner = Inner { tokenizer, untrusting, alphabet, ids, path, bos_id, eos_id, add_bos };
+        let inner = Inner {
+            tokenizer,
+            untrusting: OnceLock::new(),
+            #[cfg(feature = "structured")]
+            tries: OnceLock::new(),
+            alphabet,
+            ids,
+            path,
+            bos_id,
+            eos_id,
+            add_bos,
+        };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -186,6 +201,11 @@ impl Tokenizer {
         self.inner.tokenizer.id_to_token(id)
     }
 
+    /// Whether this is the spelling of a special token, which [`decode`](Self::decode) leaves out.
+    pub fn is_special_token(&self, token: &str) -> bool {
+        self.inner.tokenizer.get_added_vocabulary().is_special_token(token)
+    }
+
     /// Tokens in the vocabulary, special ones included; at most the model's `vocab_size`.
     pub fn vocab_size(&self) -> usize {
         self.inner.tokenizer.get_vocab_size(true)
@@ -230,9 +250,7 @@ impl Tokenizer {
 
     /// Whether [`decode`](Self::decode) leaves this id out.
     fn is_silent(&self, id: u32) -> bool {
-        let special =
-            |token: &str| self.inner.tokenizer.get_added_vocabulary().is_special_token(token);
-        self.token(id).is_none_or(|token| special(&token))
+        self.token(id).is_none_or(|token| self.is_special_token(&token))
     }
 }
 

@@ -25,13 +25,14 @@ fn beams_are_those_of_transformers() {
     let cases = golden["cases"].as_array().unwrap();
     assert_eq!(cases.len(), 15);
     for (number, case) in cases.iter().enumerate() {
-        let options = BeamOptions {
+        let mut options = BeamOptions {
             beams: case["beams"].as_u64().unwrap() as usize,
             max_tokens: golden["max_tokens"].as_u64().unwrap() as usize,
             length_penalty: case["length_penalty"].as_f64().unwrap() as f32,
             early_stopping: case["early_stopping"].as_bool().unwrap(),
-            eos_token_ids: case["eos"].as_u64().map(|id| vec![id as u32]),
+            ..BeamOptions::default()
         };
+        options.eos_token_ids = case["eos"].as_u64().map(|id| vec![id as u32]);
         let got = beam_search(&model, &ids(&case["prompt_ids"]), &options).unwrap();
         let expected = case["hypotheses"].as_array().unwrap();
         assert_eq!(got.len(), expected.len(), "case {number}");

@@ -113,6 +113,11 @@ impl ReplyParser {
         Self { state, after_tag: in_reasoning, finds_calls: has_tools, ..Self::default() }
     }
 
+    /// Whether what comes next is reasoning.
+    pub fn is_reasoning(&self) -> bool {
+        self.state == State::Reasoning
+    }
+
     /// Takes the next text and returns the parts that became certain. What may be the beginning of
     /// a tag is held back, white space before it too.
     pub fn push(&mut self, text: &str) -> Vec<ReplyEvent> {

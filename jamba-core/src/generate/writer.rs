@@ -1,7 +1,7 @@
 //! Logits of one sequence to pieces of text.
 
 use super::stops::Stops;
-use super::{FinishReason, GenerateOptions, Piece};
+use super::{FinishReason, GenerateOptions, Hold, Piece};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::logprobs::{TokenLogProb, top_log_probs};
@@ -20,6 +20,7 @@ pub(crate) struct Writer {
     /// Tokens that end the text.
     eos_ids: Vec<u32>,
     logprobs: usize,
+    hold: Hold,
 }
 
 impl Writer {
@@ -28,8 +29,7 @@ impl Writer {
         config: &Config,
         options: GenerateOptions,
     ) -> Result<Self> {
-        let GenerateOptions { sampling, max_tokens, stop, ignore_eos, logprobs, .. } = options;
-        match (tokenizer, stop.first()) {
+        match (tokenizer, options.stop.first()) {
             (Some(tokenizer), _) => tokenizer.check_vocab(config.vocab_size)?,
             (None, Some(stop)) => {
                 let allowed = "a stop string needs a tokenizer to be found in the text";
@@ -37,6 +37,11 @@ impl Writer {
             }
             (None, None) => {}
         }
+        #[cfg(feature = "structured")]
+        let hold = Hold::new(options.grammar.as_ref(), tokenizer, config)?;
+        #[cfg(not(feature = "structured"))]
+        let hold = Hold::default();
+        let GenerateOptions { sampling, max_tokens, stop, ignore_eos, logprobs, .. } = options;
         Ok(Self {
             tokenizer: tokenizer.cloned(),
             sampler: Sampler::new(sampling, config.vocab_size)?,
@@ -45,6 +50,7 @@ impl Writer {
             rest: max_tokens,
             eos_ids: if ignore_eos { Vec::new() } else { config.eos_token_ids.clone() },
             logprobs,
+            hold,
         })
     }
 
@@ -64,7 +70,7 @@ impl Writer {
     /// Whether the next token is the most probable one and nothing else is asked of the logits, so
     /// that the backend may choose it.
     pub(crate) fn is_greedy(&self) -> bool {
-        self.sampler.sampling().is_plain_greedy() && self.logprobs == 0
+        self.sampler.sampling().is_plain_greedy() && self.logprobs == 0 && !self.hold.is_there()
     }
 
     /// Chooses the next token, and says whether it is the last and why. `is_full` says that the
@@ -74,7 +80,10 @@ impl Writer {
         logits: &[f32],
         is_full: bool,
     ) -> Result<(Piece, Option<FinishReason>)> {
-        let sampled = self.sampler.sample(logits)?;
+        let sampled = match self.hold.mask(&self.eos_ids)? {
+            Some(allowed) => self.sampler.sample_among(logits, allowed)?,
+            None => self.sampler.sample(logits)?,
+        };
         self.push(sampled, top_log_probs(logits, self.logprobs), is_full)
     }
 
@@ -96,6 +105,7 @@ impl Writer {
         is_full: bool,
     ) -> Result<(Piece, Option<FinishReason>)> {
         self.rest = self.rest.saturating_sub(1);
+        let is_complete = self.hold.push(id, &self.eos_ids)?;
         let eos = self.eos_ids.contains(&id);
         let decoded = match &mut self.decoder {
             Some(decoder) if !eos => decoder.push(id)?,
@@ -106,6 +116,8 @@ impl Writer {
             Some(FinishReason::Stop)
         } else if eos {
             Some(FinishReason::Eos)
+        } else if is_complete {
+            Some(FinishReason::Grammar)
         } else if self.is_done() {
             Some(FinishReason::Length)
         } else if is_full {

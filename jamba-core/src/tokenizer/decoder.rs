@@ -61,7 +61,7 @@ impl Alphabet {
     }
 
     /// The bytes that a token stands for; `None` for one that is text.
-    fn bytes(self, token: &str) -> Option<Vec<u8>> {
+    pub(super) fn bytes(self, token: &str) -> Option<Vec<u8>> {
         match self {
             Self::Level => {
                 let bytes = token.chars().map(level_byte).collect::<Option<Vec<u8>>>();
