@@ -10,7 +10,7 @@ use jamba_core::{
     Completion, Engine, EngineOptions, Error, GenerateOptions, Request, Result, Sampling,
     Tokenizer, WeightFormat,
 };
-use jamba_examples::{BackendName, demo_model, note, print, run};
+use jamba_examples::{BackendName, model_folder, note, print, run};
 use serde_json::{Value, json};
 
 /// Continues every prompt of a file, many at a time, and prints the texts in the order of the
@@ -72,7 +72,7 @@ struct Prompt {
 }
 
 fn batch(args: &Args) -> Result<()> {
-    let folder = args.model.clone().unwrap_or_else(demo_model);
+    let folder = model_folder(args.model.as_deref())?;
     let file = read(&args.prompts)?;
     let model = args.backend.load(&folder, args.quant)?;
     let tokenizer = Tokenizer::from_folder(&folder)?;

@@ -12,7 +12,7 @@ use jamba_core::{
     WeightFormat,
 };
 use jamba_examples::machine::{Limit, Machine, device_used, host_peak};
-use jamba_examples::{BackendName, demo_model, print, run};
+use jamba_examples::{BackendName, model_folder, print, run};
 use serde_json::{Value, json};
 
 /// Measures the reading of a prompt and the generation of tokens, and says which share of the
@@ -119,7 +119,7 @@ fn bench(args: &Args) -> Result<()> {
 
 fn load(args: &Args) -> Result<(String, Box<dyn LanguageModel>)> {
     let Some(name) = &args.preset else {
-        let folder = args.model.clone().unwrap_or_else(demo_model);
+        let folder = model_folder(args.model.as_deref())?;
         let (config, checkpoint) = (Config::from_folder(&folder)?, Checkpoint::open(&folder)?);
         let model = args.backend.model(config, &checkpoint, args.quant)?;
         return Ok((folder.display().to_string(), model));

@@ -11,7 +11,7 @@ use jamba_core::{
     CancelToken, Error, FinishReason, GenerateOptions, Result, Sampling, SessionOptions, Tokenizer,
     WeightFormat,
 };
-use jamba_examples::{BackendName, demo_model, print, run};
+use jamba_examples::{BackendName, model_folder, print, run};
 
 /// Talks with a Jamba model. What was said is kept as state: a turn reads only what is new.
 ///
@@ -64,7 +64,7 @@ fn main() -> ExitCode {
 }
 
 fn chat(args: &Args) -> Result<()> {
-    let folder = args.model.clone().unwrap_or_else(demo_model);
+    let folder = model_folder(args.model.as_deref())?;
     let tokenizer = Tokenizer::from_folder(&folder)?;
     let template = match &args.template {
         Some(path) => ChatTemplate::from_file(path, &folder)?,

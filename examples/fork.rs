@@ -9,7 +9,7 @@ use jamba_core::{
     Error, GenerateOptions, Generator, Result, Sampling, Session, SessionOptions, Tokenizer,
     WeightFormat,
 };
-use jamba_examples::{BackendName, demo_model, note, print, run};
+use jamba_examples::{BackendName, model_folder, note, print, run};
 
 /// Reads a prompt once and continues it several times from the same state, then rewinds into the
 /// prompt, puts other words in the place of its end, and continues that.
@@ -60,7 +60,7 @@ fn main() -> ExitCode {
 }
 
 fn fork(args: &Args) -> Result<()> {
-    let folder = args.model.clone().unwrap_or_else(demo_model);
+    let folder = model_folder(args.model.as_deref())?;
     let model = args.backend.load(&folder, args.quant)?;
     let tokenizer = Tokenizer::from_folder(&folder)?;
     let ids = tokenizer.encode(&args.prompt)?;

@@ -7,11 +7,13 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+#[cfg(feature = "structured")]
+use jamba_core::grammar::Grammar;
 use jamba_core::{
     Error, FinishReason, GenerateOptions, Generator, Result, Sampling, SessionOptions, Tokenizer,
     Usage, WeightFormat,
 };
-use jamba_examples::{BackendName, demo_model, note, print, run};
+use jamba_examples::{BackendName, model_folder, note, print, run};
 use serde_json::json;
 
 /// Continues a text with a Jamba model. Without arguments, the demo model tells a story.
@@ -65,6 +67,18 @@ struct Args {
     /// End the text before this string; may be given several times.
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
+    /// Hold the text to the JSON schema in this file.
+    #[cfg(feature = "structured")]
+    #[arg(long, value_name = "FILE", group = "form")]
+    json_schema: Option<PathBuf>,
+    /// Hold the text to this regular expression.
+    #[cfg(feature = "structured")]
+    #[arg(long, value_name = "REGEX", group = "form")]
+    regex: Option<String>,
+    /// Hold the text to the Lark grammar in this file.
+    #[cfg(feature = "structured")]
+    #[arg(long, value_name = "FILE", group = "form")]
+    grammar: Option<PathBuf>,
     /// Go on after an end-of-text token.
     #[arg(long)]
     ignore_eos: bool,
@@ -98,8 +112,9 @@ fn main() -> ExitCode {
 
 fn generate(args: &Args) -> Result<()> {
     let prompt = prompt(args)?;
-    let folder = args.model.clone().unwrap_or_else(demo_model);
-    let options = GenerateOptions {
+    let folder = model_folder(args.model.as_deref())?;
+    #[cfg_attr(not(feature = "structured"), expect(unused_mut, reason = "nothing to add"))]
+    let mut options = GenerateOptions {
         sampling: sampling(args, &folder)?,
         max_tokens: args.max_tokens,
         stop: args.stop.clone(),
@@ -110,6 +125,10 @@ fn generate(args: &Args) -> Result<()> {
     let start = Instant::now();
     let model = args.backend.load(&folder, args.quant)?;
     let tokenizer = Tokenizer::from_folder(&folder)?;
+    #[cfg(feature = "structured")]
+    {
+        options.grammar = form(args, &tokenizer)?;
+    }
     let load = start.elapsed();
 
     let ids = tokenizer.encode(&prompt)?;
@@ -218,6 +237,22 @@ fn sampling(args: &Args, folder: &Path) -> Result<Sampling> {
         logit_bias: args.logit_bias.clone(),
         seed: args.seed.unwrap_or(0),
     })
+}
+
+/// What the text is held to.
+#[cfg(feature = "structured")]
+fn form(args: &Args, tokenizer: &Tokenizer) -> Result<Option<Grammar>> {
+    let read = |path: &PathBuf| std::fs::read_to_string(path).map_err(unreadable(path));
+    Ok(Some(match (&args.json_schema, &args.regex, &args.grammar) {
+        (Some(path), _, _) => {
+            let schema = serde_json::from_str(&read(path)?);
+            let schema = schema.map_err(|source| Error::Json { path: path.clone(), source })?;
+            Grammar::json_schema(tokenizer, &schema)?
+        }
+        (_, Some(regex), _) => Grammar::regex(tokenizer, regex)?,
+        (_, _, Some(path)) => Grammar::lark(tokenizer, &read(path)?)?,
+        (None, None, None) => return Ok(None),
+    }))
 }
 
 fn parse_bias(text: &str) -> std::result::Result<(u32, f32), String> {

@@ -10,7 +10,7 @@ use jamba_core::preset;
 use jamba_core::schedule::{FeedForwardKind, MixerKind, ParamCount, Schedule};
 use jamba_core::weights::{ParamSpec, Weights};
 use jamba_core::{Checkpoint, Config, Dtype, ParamSource, Result, Role, WeightFormat};
-use jamba_examples::{demo_model, print, run};
+use jamba_examples::{model_folder, print, run};
 
 /// Shows the schedule of a model's layers, its parameters in total and active, and the memory it
 /// needs by context.
@@ -52,7 +52,7 @@ fn inspect(args: &Args) -> Result<()> {
     let (title, config, folder) = match (&args.preset, &args.model) {
         (Some(name), _) => (name.to_lowercase(), Config::preset(name)?, None),
         (None, model) => {
-            let folder = model.clone().unwrap_or_else(demo_model);
+            let folder = model_folder(model.as_deref())?;
             (folder.display().to_string(), Config::from_folder(&folder)?, Some(folder))
         }
     };

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use clap::Parser;
 use jamba_core::{Error, Result, SessionOptions, Tokenizer, WeightFormat};
-use jamba_examples::{BackendName, demo_model, note, print, run};
+use jamba_examples::{BackendName, model_folder, note, print, run};
 use serde_json::json;
 
 /// The mean negative log-probability of the tokens of a file, and its exponential.
@@ -53,7 +53,7 @@ fn perplexity(args: &Args) -> Result<()> {
     }
     let text = std::fs::read_to_string(&args.text)
         .map_err(|source| Error::Io { path: args.text.clone(), source })?;
-    let folder = args.model.clone().unwrap_or_else(demo_model);
+    let folder = model_folder(args.model.as_deref())?;
     let model = args.backend.load(&folder, args.quant)?;
     let ids = Tokenizer::from_folder(&folder)?.encode(&text)?;
     if ids.len() < 2 {

@@ -8,7 +8,7 @@ use clap::Parser;
 use jamba_core::memory::weight_bytes;
 use jamba_core::{Error, Result, Tokenizer, WeightFormat};
 use jamba_examples::quality::{Quality, held_out};
-use jamba_examples::{BackendName, demo_model, print, run};
+use jamba_examples::{BackendName, model_folder, print, run};
 use serde_json::json;
 
 /// Runs a text through a model with its weights as they are stored and in other formats, and shows
@@ -45,7 +45,7 @@ fn main() -> ExitCode {
 }
 
 fn quality(args: &Args) -> Result<()> {
-    let folder = args.model.clone().unwrap_or_else(demo_model);
+    let folder = model_folder(args.model.as_deref())?;
     let windows = windows(args, &folder)?;
     let stored = args.backend.load(&folder, WeightFormat::Stored)?;
     let formats = match args.quant.as_slice() {

@@ -7,7 +7,7 @@ use clap::Parser;
 use jamba_core::recording::Recording;
 use jamba_core::trace::Detail;
 use jamba_core::{Result, SessionOptions, Tokenizer, WeightFormat};
-use jamba_examples::{BackendName, demo_model, note, parse_ids, run};
+use jamba_examples::{BackendName, model_folder, note, parse_ids, run};
 
 /// Runs a prompt, then more token ids one at a time, and writes to a safetensors file (F32) every
 /// activation of the prompt, the logits of the ids after it, and the states at the end.
@@ -53,7 +53,7 @@ fn main() -> ExitCode {
 }
 
 fn trace(args: Args) -> Result<()> {
-    let folder = args.model.unwrap_or_else(demo_model);
+    let folder = model_folder(args.model.as_deref())?;
     let model = args.backend.load(&folder, args.quant)?;
     let ids = match &args.prompt {
         Some(text) => {

@@ -15,7 +15,7 @@ use jamba_core::{
 use jamba_cpu::{CpuBackend, ReferenceBackend};
 #[cfg(feature = "cuda")]
 use jamba_examples::cuda;
-use jamba_examples::{demo_model, parse_ids, run};
+use jamba_examples::{model_folder, parse_ids, run};
 use jamba_tests::compare::{Difference, all_differences};
 use jamba_tests::golden::read_trace;
 use jamba_tests::lockstep::{LayerRunner, Layers, lockstep};
@@ -165,7 +165,7 @@ fn main() -> ExitCode {
                     Ok(())
                 }
                 None => {
-                    let folder = args.model.clone().unwrap_or_else(demo_model);
+                    let folder = model_folder(args.model.as_deref())?;
                     let config = Config::from_folder(&folder)?;
                     is_within = backends(&args, &config, &Checkpoint::open(&folder)?)?;
                     Ok(())

@@ -5,13 +5,18 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::ValueEnum;
+#[cfg(feature = "hub")]
+use jamba_core::hub::Hub;
 use jamba_core::{
     Config, Error, LanguageModel, Model, ParamSource, Precision, Result, WeightFormat,
 };
 use jamba_cpu::{CpuBackend, ReferenceBackend};
 
 pub mod machine;
+pub mod progress;
 pub mod quality;
+
+use progress::bar;
 
 /// The backends that an example can run on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -35,15 +40,20 @@ impl BackendName {
     /// Those of [`Model::load`]; [`Error::Unsupported`] for a format that the backend lacks.
     pub fn load(self, folder: &Path, format: WeightFormat) -> Result<Box<dyn LanguageModel>> {
         Ok(match self {
-            Self::Cpu => Box::new(Model::load(folder, cpu(Precision::Bf16, format))?),
-            Self::CpuF32 => Box::new(Model::load(folder, cpu(Precision::F32, format))?),
+            Self::Cpu => Box::new(Model::load_with(folder, cpu(Precision::Bf16, format), bar())?),
+            Self::CpuF32 => Box::new(Model::load_with(folder, cpu(Precision::F32, format), bar())?),
             Self::Reference => {
-                Box::new(Model::load(folder, ReferenceBackend::new().with_format(format))?)
+                let backend = ReferenceBackend::new().with_format(format);
+                Box::new(Model::load_with(folder, backend, bar())?)
             }
             #[cfg(feature = "cuda")]
-            Self::Cuda => Box::new(Model::load(folder, cuda(Precision::Bf16, format)?)?),
+            Self::Cuda => {
+                Box::new(Model::load_with(folder, cuda(Precision::Bf16, format)?, bar())?)
+            }
             #[cfg(feature = "cuda")]
-            Self::CudaF32 => Box::new(Model::load(folder, cuda(Precision::F32, format)?)?),
+            Self::CudaF32 => {
+                Box::new(Model::load_with(folder, cuda(Precision::F32, format)?, bar())?)
+            }
             #[cfg(not(feature = "cuda"))]
             Self::Cuda | Self::CudaF32 => return Err(without_cuda()),
         })
@@ -107,6 +117,26 @@ pub fn cuda(precision: Precision, format: WeightFormat) -> Result<jamba_cuda::Cu
 pub fn without_cuda() -> Error {
     let what = "GPUs in this build: add `--features cuda` to the cargo command".into();
     Error::Unsupported { backend: "cuda", what }
+}
+
+/// The folder that `--model` names, the [demo model](demo_model) without it. With the feature `hub`,
+/// what is no folder and looks like `ORG/NAME` or `ORG/NAME@REVISION` is a model of the Hugging Face
+/// Hub, which is downloaded where the cache does not have it.
+///
+/// # Errors
+/// [`Error::Hub`].
+pub fn model_folder(model: Option<&Path>) -> Result<PathBuf> {
+    let Some(model) = model else { return Ok(demo_model()) };
+    #[cfg(feature = "hub")]
+    if !model.exists()
+        && let Some(name) = model.to_str()
+    {
+        let (id, revision) = name.split_once('@').map_or((name, None), |(id, r)| (id, Some(r)));
+        if Hub::is_id(id) {
+            return Hub::from_env()?.folder(id, revision, bar());
+        }
+    }
+    Ok(model.to_owned())
 }
 
 /// The demo model: in `models/` of the working directory, else where this was built from.

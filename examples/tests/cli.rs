@@ -92,6 +92,37 @@ fn generate_is_the_same_on_the_reference_and_in_small_chunks() {
     assert_eq!(text(&["--chunk", "2"]), expected);
 }
 
+#[cfg(feature = "structured")]
+#[test]
+fn generate_holds_the_text_to_a_form() {
+    let folder = TempDir::new().unwrap();
+    let file = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let run = || {
+        let mut command = example("generate");
+        command.args(["--no-echo", "--temperature", "2", "--seed", "4"]);
+        command
+    };
+    let schema = file(
+        "schema.json",
+        r#"{"type": "array", "items": {"enum": [1, 22]}, "minItems": 2, "maxItems": 3}"#,
+    );
+    let (out, err) = success(run().arg("--json-schema").arg(&schema));
+    let numbers: Vec<u32> = serde_json::from_str(&out).unwrap();
+    assert!([2, 3].contains(&numbers.len()) && numbers.iter().all(|n| [1, 22].contains(n)));
+    assert!(err.contains("end: grammar"), "{err}");
+    let (out, _) = success(run().args(["--regex", "[xy]{7}"]));
+    assert!(out.len() == 8 && out.trim_end().chars().all(|c| "xy".contains(c)), "{out}");
+    let lark = file("sum.lark", "start: \"1\" (\"+\" \"1\"){2}\n");
+    assert_eq!(success(run().arg("--grammar").arg(&lark)).0, "1+1+1\n");
+    refused(run().args(["--regex", "a(b"]), &["grammar", "unclosed group"]);
+    refused(run().arg("--json-schema").arg(&lark), &["sum.lark", "not valid JSON"]);
+    refused(run().args(["--regex", "a", "--grammar", "b"]), &["--grammar"]);
+}
+
 #[test]
 fn generate_refuses_bad_input() {
     let folder = TempDir::new().unwrap();

@@ -27,6 +27,12 @@ pub trait ParamSource {
     /// # Errors
     /// Whatever keeps it from being had; the error names it.
     fn param(&self, spec: &ParamSpec) -> Result<Param>;
+
+    /// Bytes that the parameter takes where it comes from, to tell how far a load is. Provided: those
+    /// of f32.
+    fn bytes(&self, spec: &ParamSpec) -> u64 {
+        4 * spec.shape.iter().product::<usize>() as u64
+    }
 }
 
 /// The tensors of a model folder.
@@ -259,5 +265,17 @@ impl ParamSource for Checkpoint {
             Source::StoredOrStacked(parts) => stacked(parts)?,
         };
         Ok(Param { name: spec.name.clone(), role: spec.role, shape: spec.shape.clone(), parts })
+    }
+
+    fn bytes(&self, spec: &ParamSpec) -> u64 {
+        let stored = |name: &str| self.tensors.get(name).map_or(0, |t| t.bytes.len() as u64);
+        match &spec.source {
+            Source::Stored(_) => stored(&spec.name),
+            Source::NegExp(name) => stored(name),
+            Source::StoredOrStacked(_) if self.contains(&spec.name) => stored(&spec.name),
+            Source::Stacked(parts) | Source::StoredOrStacked(parts) => {
+                parts.iter().map(|(name, _)| stored(name)).sum()
+            }
+        }
     }
 }

@@ -37,6 +37,14 @@ pub enum Error {
         /// A file of another format that would do if it were converted.
         found: Option<&'static str>,
     },
+    /// A model could not be had from the Hugging Face Hub.
+    #[error("model {} of the Hugging Face Hub: {}", escaped(id), escaped(reason))]
+    Hub {
+        /// Its name there.
+        id: String,
+        /// What is wrong.
+        reason: String,
+    },
     /// A file is not the JSON it should be.
     #[error("{} is not valid JSON: {source}", escaped(path.display()))]
     Json {

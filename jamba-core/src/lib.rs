@@ -36,6 +36,7 @@
 //! |---|---|
 //! | [`config`], [`schedule`], [`preset`], [`memory`], [`cost`] | what a model is made of and what it needs |
 //! | [`checkpoint`], [`weights`], [`tensor`], [`random`] | parameters and where they come from |
+//! | [`progress`], `hub` (feature `hub`) | how far a load is; folders from the Hugging Face Hub |
 //! | [`quant`] | parameters in fewer bits |
 //! | [`backend`], [`shape`], [`batch`] | the contract with a device |
 //! | [`host`] | memory and functions for backends that compute on the host |
@@ -82,11 +83,14 @@ pub mod generate;
 #[cfg(feature = "structured")]
 pub mod grammar;
 pub mod host;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod logprobs;
 pub mod memory;
 pub mod model;
 pub mod precision;
 pub mod preset;
+pub mod progress;
 pub mod quant;
 pub mod random;
 pub mod recording;
@@ -121,6 +125,7 @@ pub use generate::{
 pub use logprobs::{Scored, TokenLogProb, perplexity, top_log_probs};
 pub use model::{LanguageModel, Model, ModelRunner, Runner};
 pub use precision::Precision;
+pub use progress::{Progress, Stage};
 pub use quant::{Layout, Packing, Quantized, WeightFormat};
 pub use sampler::{Sampled, Sampler, Sampling, log_prob};
 pub use session::{Rewound, Session, SessionOptions};

@@ -11,6 +11,7 @@ use crate::compose;
 use crate::config::Config;
 use crate::error::{Error, Result, at_least_one};
 use crate::fingerprint::{Fingerprint, Hasher};
+use crate::progress::{Progress, Stage};
 use crate::quant::WeightFormat;
 use crate::sampler::{self, Sampled};
 use crate::schedule::{MixerKind, Schedule};
@@ -46,9 +47,22 @@ impl<B: Backend> Model<B> {
     /// Those of [`Config::from_folder`], [`Checkpoint::open`], [`Checkpoint::check_unused`] and
     /// [`Model::new`].
     pub fn load(folder: impl AsRef<Path>, backend: B) -> Result<Self> {
+        Self::load_with(folder, backend, |_| {})
+    }
+
+    /// [`load`](Self::load), with `progress` called before the first parameter and after each: with
+    /// [`Stage::Weights`](crate::Stage), its quantising included.
+    ///
+    /// # Errors
+    /// As `load`.
+    pub fn load_with(
+        folder: impl AsRef<Path>,
+        backend: B,
+        progress: impl FnMut(Progress),
+    ) -> Result<Self> {
         let config = Config::from_folder(&folder)?;
         let checkpoint = Checkpoint::open(folder)?;
-        let model = Self::new(config, &checkpoint, backend)?;
+        let model = Self::new_with(config, &checkpoint, backend, progress)?;
         checkpoint.check_unused(&Weights::layout(model.config()))?;
         Ok(model)
     }
@@ -59,14 +73,34 @@ impl<B: Backend> Model<B> {
     /// [`Error::Config`], or what the source or the backend reports: before anything is loaded
     /// where the backend knows that it has no room ([`Backend::check_memory`]).
     pub fn new(config: Config, source: &impl ParamSource, backend: B) -> Result<Self> {
+        Self::new_with(config, source, backend, |_| {})
+    }
+
+    /// [`new`](Self::new), with `progress` as in [`load_with`](Self::load_with).
+    ///
+    /// # Errors
+    /// As `new`.
+    pub fn new_with(
+        config: Config,
+        source: &impl ParamSource,
+        backend: B,
+        mut progress: impl FnMut(Progress),
+    ) -> Result<Self> {
         config.validate()?;
         backend.check_memory(&config, Need::Weights)?;
         let mut hasher = Hasher::new();
         hasher.config(&config);
-        let weights = Weights::layout(&config).try_map(&mut |spec: &ParamSpec| {
+        let layout = Weights::layout(&config);
+        let (mut done, mut total) = (0, 0);
+        layout.for_each(|spec| total += source.bytes(spec));
+        progress(Progress { stage: Stage::Weights, done, total });
+        let weights = layout.try_map(&mut |spec: &ParamSpec| {
             let param = source.param(spec)?;
             hasher.param(&param);
-            backend.upload(param)
+            let weight = backend.upload(param)?;
+            done += source.bytes(spec);
+            progress(Progress { stage: Stage::Weights, done, total });
+            Ok::<_, Error>(weight)
         })?;
         let fingerprint = hasher.finish();
         Ok(Self { inner: Arc::new(Inner { backend, config, weights, fingerprint }) })

@@ -83,6 +83,7 @@ impl From<Error> for ApiError {
             Error::EngineStopped => {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message)
             }
+            Error::Grammar { .. } => Self::invalid("response_format", message),
             Error::Option { option, .. } => Self::invalid(option, message),
             Error::Message { .. } | Error::Template { .. } | Error::EmptyPrompt => {
                 Self::invalid("messages", message)

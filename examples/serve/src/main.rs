@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::Parser;
 use jamba_core::chat::ChatTemplate;
 use jamba_core::{Engine, EngineOptions, Error, Result, Sampling, Tokenizer, WeightFormat};
-use jamba_examples::{BackendName, demo_model, run};
+use jamba_examples::{BackendName, model_folder, run};
 use jamba_serve::{Server, Settings};
 
 /// Serves a Jamba model: OpenAI's API under /v1, a page to chat in under /, /health and /metrics.
@@ -70,7 +70,7 @@ fn main() -> ExitCode {
 }
 
 fn serve(args: &Args) -> Result<()> {
-    let folder = args.model.clone().unwrap_or_else(demo_model);
+    let folder = model_folder(args.model.as_deref())?;
     let name = args.name.clone().or_else(|| Some(folder.file_name()?.to_str()?.to_owned()));
     let tokenizer = Tokenizer::from_folder(&folder)?;
     let template = match &args.template {

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 
 use jamba_core::chat::{Chat, End, Message, ReplyParser};
-use jamba_core::{GenerateOptions, Request, Sampling};
+use jamba_core::grammar::Grammar;
+use jamba_core::{GenerateOptions, Request, Sampling, Tokenizer};
 use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::{ApiError, Server};
 
@@ -136,14 +137,7 @@ impl Server {
         if messages.is_empty() {
             return Err(ApiError::invalid("messages", "at least one message is needed"));
         }
-        let has_tools = match tool_choice.as_ref().map(|choice| choice.as_str()) {
-            None | Some(Some("auto")) => true,
-            Some(Some("none")) => false,
-            Some(_) => {
-                let message = "only `auto` and `none`: the model cannot be made to call a tool";
-                return Err(ApiError::invalid("tool_choice", message));
-            }
-        };
+        let choice = ToolChoice::new(tool_choice.as_ref())?;
         let top = match (request.logprobs.unwrap_or(false), request.top_logprobs) {
             (true, top) => Some(top.unwrap_or(0)),
             (false, None | Some(0)) => None,
@@ -154,14 +148,24 @@ impl Server {
         let messages = messages.into_iter().map(message).collect::<Result<_, ApiError>>()?;
         let chat = Chat {
             messages,
-            tools: tools.filter(|_| has_tools).unwrap_or_default(),
+            tools: tools.filter(|_| choice != ToolChoice::None).unwrap_or_default(),
             documents: request.documents.unwrap_or_default(),
             variables: request.chat_template_kwargs.unwrap_or_default(),
         };
         let rendered = self.0.template.render(&chat, End::Reply)?;
         let prompt = rendered.encode(&self.0.tokenizer)?;
         let parser = ReplyParser::new(rendered.text(), !chat.tools.is_empty());
-        self.work(common, vec![(prompt, String::new())], Some(parser), top)
+        let tokenizer = &self.0.tokenizer;
+        let grammar = match choice.grammar(&chat.tools, rendered.text(), tokenizer)? {
+            Some(grammar) => Some(grammar),
+            None => format(common.response_format.as_ref(), tokenizer)?,
+        };
+        // What a model thinks before it answers is free.
+        let grammar = match grammar {
+            Some(grammar) if parser.is_reasoning() => Some(grammar.after("</think>")?),
+            grammar => grammar,
+        };
+        self.work(common, vec![(prompt, String::new())], Some(parser), top, grammar)
     }
 
     pub(crate) fn completion_work(&self, request: CompletionRequest) -> Result<Work, ApiError> {
@@ -192,7 +196,8 @@ impl Server {
         if !echo {
             prompts.iter_mut().for_each(|(_, text)| text.clear());
         }
-        self.work(common, prompts, None, logprobs)
+        let grammar = format(common.response_format.as_ref(), tokenizer)?;
+        self.work(common, prompts, None, logprobs, grammar)
     }
 
     fn work(
@@ -201,13 +206,9 @@ impl Server {
         prompts: Vec<(Vec<u32>, String)>,
         parser: Option<ReplyParser>,
         logprobs: Option<usize>,
+        grammar: Option<Grammar>,
     ) -> Result<Work, ApiError> {
         self.check_model(common.model.as_deref())?;
-        let format = common.response_format.as_ref().map(|format| format["type"].as_str());
-        if !matches!(format, None | Some(Some("text"))) {
-            let message = "only `text`: replies cannot be held to a format";
-            return Err(ApiError::invalid("response_format", message));
-        }
         let per_prompt = common.n.unwrap_or(1);
         if !(1..=CHOICES).contains(&per_prompt.saturating_mul(prompts.len())) {
             let message = format!("a request has 1 to {CHOICES} choices, all prompts together");
@@ -217,6 +218,7 @@ impl Server {
             return Err(ApiError::invalid("top_logprobs", format!("0 to {TOP} is allowed")));
         }
         let options = self.options(&common, logprobs.unwrap_or(0))?;
+        let options = GenerateOptions { grammar, ..options };
         let priority = common.priority;
         let choice = |(index, (prompt, echo)): (usize, (Vec<u32>, String))| {
             let options = options.clone();
@@ -272,6 +274,91 @@ impl Server {
             logprobs,
             ..GenerateOptions::default()
         })
+    }
+}
+
+/// What `response_format` holds a reply to.
+fn format(format: Option<&Value>, tokenizer: &Tokenizer) -> Result<Option<Grammar>, ApiError> {
+    let invalid = |message: &str| Err(ApiError::invalid("response_format", message));
+    let Some(format) = format.filter(|format| !format.is_null()) else { return Ok(None) };
+    match format["type"].as_str() {
+        Some("text") => Ok(None),
+        Some("json_object") => Ok(Some(Grammar::json_object(tokenizer)?)),
+        Some("json_schema") => match &format["json_schema"]["schema"] {
+            Value::Null => invalid("`json_schema` must have a `schema`"),
+            schema => Ok(Some(Grammar::json_schema(tokenizer, schema)?)),
+        },
+        _ => invalid("`type` must be `text`, `json_object` or `json_schema`"),
+    }
+}
+
+/// Whether the model calls tools.
+#[derive(PartialEq)]
+enum ToolChoice {
+    None,
+    Auto,
+    /// It must: this one, or any.
+    Must(Option<String>),
+}
+
+impl ToolChoice {
+    fn new(choice: Option<&Value>) -> Result<Self, ApiError> {
+        let Some(choice) = choice.filter(|choice| !choice.is_null()) else { return Ok(Self::Auto) };
+        match (choice.as_str(), choice["function"]["name"].as_str()) {
+            (Some("auto"), _) => Ok(Self::Auto),
+            (Some("none"), _) => Ok(Self::None),
+            (Some("required"), _) => Ok(Self::Must(None)),
+            (None, Some(name)) => Ok(Self::Must(Some(name.to_owned()))),
+            _ => {
+                let message = "it must be `none`, `auto`, `required` or name a function";
+                Err(ApiError::invalid("tool_choice", message))
+            }
+        }
+    }
+
+    /// Holds a reply to one call, in the tags that the prompt speaks of.
+    fn grammar(
+        &self,
+        tools: &[Value],
+        prompt: &str,
+        tokenizer: &Tokenizer,
+    ) -> Result<Option<Grammar>, ApiError> {
+        let Self::Must(wanted) = self else { return Ok(None) };
+        let functions = tools.iter().map(|tool| &tool["function"]);
+        let functions = functions.filter(|function| {
+            wanted.as_deref().is_none_or(|wanted| function["name"].as_str() == Some(wanted))
+        });
+        let calls: Vec<Value> = functions
+            .map(|function| {
+                let arguments = function.get("parameters").filter(|schema| !schema.is_null());
+                let arguments = arguments.cloned().unwrap_or_else(|| json!({ "type": "object" }));
+                json!({
+                    "type": "object",
+                    "properties": { "name": { "const": function["name"] }, "arguments": arguments },
+                    "required": ["name", "arguments"],
+                    "additionalProperties": false,
+                })
+            })
+            .collect();
+        if calls.is_empty() {
+            return Err(ApiError::invalid("tool_choice", "there is no such tool in `tools`"));
+        }
+        let schema = json!({ "anyOf": calls, "x-guidance": { "whitespace_flexible": false } });
+        let is_jamba =
+            ["<tool_calls>", "<tool_definitions>"].iter().any(|tag| prompt.contains(tag));
+        let [open, before, after, close] = match is_jamba {
+            true => ["<tool_calls>", "[", "]", "</tool_calls>"],
+            false => ["<tool_call>", "\n", "\n", "</tool_call>"],
+        };
+        // A tag that is a special token is named, another one is a text.
+        let tag = |tag: &str| match tokenizer.is_special_token(tag) {
+            true => tag.to_owned(),
+            false => Value::from(tag).to_string(),
+        };
+        let (open, close) = (tag(open), tag(close));
+        let (before, after) = (Value::from(before), Value::from(after));
+        let lark = format!("start: {open} {before} body {after} {close}\nbody: %json {schema}\n");
+        Ok(Some(Grammar::lark(tokenizer, &lark)?))
     }
 }
 

@@ -334,11 +334,65 @@ async fn tools_and_messages_reach_the_template() {
     assert_eq!(answer["usage"]["prompt_tokens"], tokens("UlmweatherFalse"));
     let none = server.json(CHAT, &with(body.clone(), json!({ "tool_choice": "none" }))).await;
     assert_eq!(none["usage"]["prompt_tokens"], tokens("UlmFalse"));
-    server
-        .refuse(CHAT, &with(body.clone(), json!({ "tool_choice": "required" })), 400, "auto")
-        .await;
+    let named = json!({ "type": "function", "function": { "name": "forecast" } });
+    for (choice, part) in [(json!("sometimes"), "required"), (named, "no such tool")] {
+        let bad = with(body.clone(), json!({ "tool_choice": choice }));
+        server.refuse(CHAT, &bad, 400, part).await;
+    }
     let bad = with(body, json!({ "messages": [{ "role": "bad" }] }));
     server.refuse(CHAT, &bad, 400, "no bad").await;
+    server.end().await;
+}
+
+/// The demo model has never seen JSON, nor a tool.
+#[tokio::test(flavor = "multi_thread")]
+async fn replies_are_held_to_a_format_and_to_tools() {
+    let server = demo().await;
+    let schema = json!({
+        "type": "object",
+        "properties": {
+            "animal": { "enum": ["fox", "owl"] },
+            "age": { "type": "integer", "minimum": 1, "maximum": 99 },
+        },
+        "required": ["animal", "age"],
+        "additionalProperties": false,
+    });
+    let is_valid = |text: &str| {
+        let value: Value = serde_json::from_str(text).unwrap();
+        assert!(["fox", "owl"].contains(&value["animal"].as_str().unwrap()), "{text}");
+        assert!((1..100).contains(&value["age"].as_i64().unwrap()), "{text}");
+        assert_eq!(value.as_object().unwrap().len(), 2, "{text}");
+    };
+    let format = json!({ "type": "json_schema", "json_schema": { "name": "a", "schema": schema } });
+    let hot = json!({ "temperature": 3, "n": 4, "seed": 1 });
+    for heat in [json!({ "temperature": 0 }), hot] {
+        let body = with(with(chat("A hero."), heat), json!({ "response_format": format }));
+        let answer = server.json(CHAT, &with(body.clone(), json!({ "max_tokens": 256 }))).await;
+        for choice in answer["choices"].as_array().unwrap() {
+            assert_eq!(choice["finish_reason"], "stop", "{answer}");
+            is_valid(choice["message"]["content"].as_str().unwrap());
+        }
+        let cut = server.json(CHAT, &with(body, json!({ "max_tokens": 1 }))).await;
+        assert_eq!(cut["choices"][0]["finish_reason"], "length");
+    }
+    let any = json!({ "response_format": { "type": "json_object" }, "max_tokens": 8 });
+    let answer = server.json(CHAT, &with(chat("A hero."), any)).await;
+    let text = answer["choices"][0]["message"]["content"].as_str().unwrap();
+    assert!(text.starts_with('{'), "{text}");
+
+    let tool = |name: &str| json!({ "type": "function", "function": { "name": name, "parameters": schema } });
+    let tools = json!([tool("tame"), tool("feed")]);
+    let named = json!({ "type": "function", "function": { "name": "feed" } });
+    for (choice, names) in [(json!("required"), &["tame", "feed"][..]), (named, &["feed"][..])] {
+        let fields = json!({ "tools": tools, "tool_choice": choice, "max_tokens": 256 });
+        let body = with(with(chat("A hero."), json!({ "temperature": 2, "seed": 3 })), fields);
+        let answer = server.json(CHAT, &body).await;
+        assert_eq!(answer["choices"][0]["finish_reason"], "tool_calls", "{answer}");
+        let calls = &answer["choices"][0]["message"]["tool_calls"];
+        assert_eq!(calls.as_array().unwrap().len(), 1);
+        assert!(names.contains(&calls[0]["function"]["name"].as_str().unwrap()), "{calls}");
+        is_valid(calls[0]["function"]["arguments"].as_str().unwrap());
+    }
     server.end().await;
 }
 
@@ -359,7 +413,13 @@ async fn bad_requests_are_refused_in_openais_shape() {
         (json!({ "top_logprobs": 3 }), "logprobs"),
         (json!({ "logprobs": true, "top_logprobs": 21 }), "20"),
         (json!({ "stop": "" }), "stop"),
-        (json!({ "response_format": { "type": "json_object" } }), "format"),
+        (json!({ "response_format": { "type": "yaml" } }), "json_schema"),
+        (json!({ "response_format": { "type": "json_schema" } }), "schema"),
+        (
+            json!({ "response_format": { "type": "json_schema", "json_schema": {
+                "name": "x", "schema": { "type": "fish" } } } }),
+            "fish",
+        ),
         (json!({ "messages": [{ "role": "user", "content": "word ".repeat(600) }] }), "context"),
     ] {
         let part = if part == "logit_bias" { "token id" } else { part };
