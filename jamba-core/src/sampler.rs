@@ -183,6 +183,8 @@ pub struct Sampler {
     position: usize,
     /// `(vocab_size)`: logits after bias and penalties.
     scores: Vec<f32>,
+    /// `(vocab_size)`: probabilities divided by the largest.
+    weights: Vec<f32>,
     /// Of blocks of scores.
     maxima: Vec<f32>,
     candidates: Vec<Candidate>,
@@ -221,6 +223,7 @@ impl Sampler {
             known: Vec::new(),
             position: 0,
             scores: Vec::with_capacity(vocab_size),
+            weights: Vec::new(),
             maxima: Vec::new(),
             candidates: Vec::new(),
         })
@@ -277,7 +280,8 @@ impl Sampler {
                 got: [1, logits.len()],
             });
         }
-        let unusable = logits.iter().any(|v| v.is_nan() || *v == f32::INFINITY);
+        // All are looked at, so that the loop can be vectorised.
+        let unusable = logits.iter().fold(false, |any, v| any | v.is_nan() | (*v == f32::INFINITY));
         if unusable || max(logits) == f32::NEG_INFINITY {
             return Err(Error::NonFinite { position: self.position });
         }
@@ -359,15 +363,29 @@ impl Sampler {
     /// Filters and draws. `best` is the index of the largest score.
     fn draw(&mut self, best: usize) -> u32 {
         let Sampling { temperature, top_k, top_p, min_p, .. } = self.sampling;
-        let (max, temperature) = (f64::from(self.scores[best]), f64::from(temperature));
+        let max = self.scores[best];
         let limited = top_k > 0 && top_k < self.scores.len();
         let floor = if limited { self.at_most_kth(top_k) } else { f32::NEG_INFINITY };
         let candidates = &mut self.candidates;
         candidates.clear();
-        for (id, &score) in (0..).zip(&self.scores) {
-            if score >= floor && score > f32::NEG_INFINITY {
-                let weight = ((f64::from(score) - max) / temperature).exp();
-                candidates.push(Candidate { id, score, weight });
+        let mut total = 0.0;
+        if limited {
+            for (id, &score) in (0..).zip(&self.scores) {
+                if score >= floor && score > f32::NEG_INFINITY {
+                    let weight = f64::from(exp((score - max) / temperature));
+                    candidates.push(Candidate { id, score, weight });
+                }
+            }
+        } else {
+            self.weights.clear();
+            self.weights.extend(self.scores.iter().map(|score| exp((score - max) / temperature)));
+            total = sum(&self.weights, |weight| weight);
+            let least = least(total, top_p, self.weights.len());
+            for ((id, &score), &weight) in (0..).zip(&self.scores).zip(&self.weights) {
+                let weight = f64::from(weight);
+                if weight >= least && weight > 0.0 {
+                    candidates.push(Candidate { id, score, weight });
+                }
             }
         }
         // Candidates are in the order of their ids, or ranked if a filter ranks them. A draw sums
@@ -378,12 +396,10 @@ impl Sampler {
                 candidates.truncate(top_k);
             }
             candidates.sort_unstable_by(Candidate::rank);
+            total = candidates.iter().map(|c| c.weight).sum();
         }
         if top_p < 1.0 {
-            let total: f64 = candidates.iter().map(|c| c.weight).sum();
-            // All that weigh less sum to less than the 1 - top_p that may be left out: only the
-            // few others need sorting.
-            let least = total * (1.0 - f64::from(top_p)) / candidates.len() as f64;
+            let least = least(total, top_p, candidates.len());
             candidates.retain(|c| c.weight >= least);
             candidates.sort_unstable_by(Candidate::rank);
             let enough = total * f64::from(top_p);
@@ -420,6 +436,47 @@ impl Sampler {
         let falling = |a: &f32, b: &f32| b.partial_cmp(a).unwrap_or(Ordering::Equal);
         *self.maxima.select_nth_unstable_by(k - 1, falling).1
     }
+}
+
+/// All of `count` weights that are below this sum to less than the `1 - top_p` of `total` that may be
+/// left out: only the few others need sorting.
+fn least(total: f64, top_p: f32, count: usize) -> f64 {
+    total * (1.0 - f64::from(top_p)) / count as f64
+}
+
+/// `e^x` for x of at most 0, within 2 units in the last place, and 1 for 0; 0 below -87; NaN stays.
+///
+/// Plain arithmetic, which the compiler makes vectors of, and the same bits on every machine. It is
+/// `2^n e^r` with n = round(x / ln 2) and the Taylor series of `e^r` to r^7.
+#[inline(always)]
+fn exp(x: f32) -> f32 {
+    /// A number so large that adding it leaves no bits for a fraction.
+    const WHOLE: f32 = 12_582_912.0;
+    let clamped = if x < -87.0 { -87.0 } else { x };
+    let shifted = clamped * std::f32::consts::LOG2_E + WHOLE;
+    let n = shifted - WHOLE;
+    // ln 2 in two parts, the first exact in its products with n.
+    let r = (clamped - n * 0.693_359_4) - n * -2.121_944_4e-4;
+    let mut p = 1.0 / 5040.0;
+    for term in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        p = p * r + term;
+    }
+    // The last bits of `shifted` are n.
+    let power = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
+    if x < -87.0 { 0.0 } else { p * power }
+}
+
+/// Sum of `f` of all values, in f64, always in the same order.
+#[inline(always)]
+fn sum(values: &[f32], f: impl Fn(f32) -> f32) -> f64 {
+    let mut lanes = [0.0; 16];
+    let (parts, rest) = values.as_chunks::<16>();
+    for part in parts {
+        let terms = part.map(&f);
+        lanes.iter_mut().zip(terms).for_each(|(lane, term)| *lane += f64::from(term));
+    }
+    lanes.iter_mut().zip(rest).for_each(|(lane, v)| *lane += f64::from(f(*v)));
+    lanes.iter().sum()
 }
 
 /// A score computed in f64, where nothing overflows, cut to what f32 holds; `-inf` stays.
@@ -465,7 +522,7 @@ pub fn greedy(logits: &[f32]) -> Option<Sampled> {
 /// `-inf`.
 pub fn log_prob(logits: &[f32], id: u32) -> f32 {
     let Some(&logit) = logits.get(id as usize) else { return f32::NEG_INFINITY };
-    let max = f64::from(max(logits));
-    let sum: f64 = logits.iter().map(|v| (f64::from(*v) - max).exp()).sum();
-    (f64::from(logit) - max - sum.ln()) as f32
+    let max = max(logits);
+    let sum = sum(logits, |v| exp(v - max));
+    (f64::from(logit) - f64::from(max) - sum.ln()) as f32
 }

@@ -182,6 +182,19 @@ fn log_probabilities_are_those_of_the_model() {
 }
 
 #[test]
+fn exp_is_within_two_units_in_the_last_place() {
+    let worst = (0..=87_000).map(|i| {
+        let x = -i as f32 / 1000.0;
+        let exact = f64::from(x).exp();
+        (f64::from(exp(x)) - exact).abs() / exact
+    });
+    let worst = worst.fold(0.0, f64::max);
+    assert!(worst < 2.0 * 2f64.powi(-23), "{worst:e}");
+    assert_eq!([0.0, -87.01, OFF].map(exp), [1.0, 0.0, 0.0]);
+    assert!(exp(f32::NAN).is_nan());
+}
+
+#[test]
 fn what_cannot_be_sampled_is_an_error_and_changes_nothing() {
     for sampling in [Sampling::greedy(), Sampling::default()] {
         let mut s = sampler(sampling.clone());
