@@ -314,6 +314,13 @@ pub trait Backend: Sized {
     fn is_chunk_invariant(&self) -> bool {
         false
     }
+    /// Calls `f` with every number below `tasks`: for work on the host beside a step, such as choosing
+    /// the next token of each sequence.
+    ///
+    /// Provided: one after the other, on this thread. Override it where the backend has threads.
+    fn for_each(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
+        (0..tasks).for_each(f);
+    }
     /// Makes `batch` the batch that operators work on: the step's only upload. The caller has
     /// checked it ([`Batch::check`]).
     fn stage(&self, state: &mut Self::State, batch: &Batch) -> Result<()>;

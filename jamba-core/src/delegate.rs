@@ -94,6 +94,7 @@ macro_rules! delegate_backend {
                 logits: &Self::Tensor,
             ) -> $crate::Result<Vec<Option<$crate::Sampled>>>;
             fn is_chunk_invariant() -> bool;
+            fn for_each(tasks: usize, f: &(dyn Fn(usize) + Sync)) -> ();
             fn stage(state: &mut Self::State, batch: &$crate::Batch) -> $crate::Result<()>;
             fn embed(
                 table: &Self::Weight,

@@ -316,6 +316,11 @@ pub trait Runner: Send {
     /// [`Backend::is_chunk_invariant`].
     fn is_chunk_invariant(&self) -> bool;
 
+    /// [`Backend::for_each`]. Provided: one after the other.
+    fn for_each(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
+        (0..tasks).for_each(f);
+    }
+
     /// Another runner of the same model, with limits of its own and all slots empty.
     ///
     /// # Errors
@@ -567,6 +572,10 @@ impl<B: Backend + Send + Sync + 'static> Runner for ModelRunner<B> {
 
     fn is_chunk_invariant(&self) -> bool {
         self.model.backend().is_chunk_invariant()
+    }
+
+    fn for_each(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
+        self.model.backend().for_each(tasks, f);
     }
 
     fn sibling(&self, limits: Limits) -> Result<Box<dyn Runner>> {

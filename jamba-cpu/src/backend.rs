@@ -142,7 +142,9 @@ impl Backend for CpuBackend {
     fn read(&self, src: Cols<'_, Tensor>) -> Result<Vec<f32>> {
         shape::read(&src)?;
         let view = View::from(&src);
-        Ok((0..view.rows).flat_map(|r| view.row(r)).copied().collect())
+        let mut values = Vec::with_capacity(view.rows * view.cols);
+        (0..view.rows).for_each(|r| values.extend_from_slice(view.row(r)));
+        Ok(values)
     }
 
     fn shape(&self, tensor: &Tensor) -> [usize; 2] {
@@ -222,6 +224,10 @@ impl Backend for CpuBackend {
 
     fn is_chunk_invariant(&self) -> bool {
         true
+    }
+
+    fn for_each(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
+        team::lead(|| team::run(tasks, f));
     }
 
     fn stage(&self, state: &mut State, batch: &Batch) -> Result<()> {

@@ -1,4 +1,4 @@
-//! States of prompts that were read, found again by their tokens.
+//! States of prompts that were read and of replies, found again by their tokens.
 //!
 //! A radix tree over tokens: a path from the root spells the beginning of prompts, and a node may
 //! hold the state after its path. The longest stored state that begins a new prompt is where the

@@ -123,6 +123,11 @@ impl Shared {
         drop(jobs);
     }
 
+    /// `stats` become known.
+    pub(super) fn publish(&self, stats: EngineStats) {
+        self.lock().stats = stats;
+    }
+
     pub(super) fn stats(&self) -> EngineStats {
         let queue = self.lock();
         let cancelled = queue.stats.cancelled + queue.dropped;

@@ -21,10 +21,14 @@ pub(super) struct Sequence {
     pub(super) bytes: u64,
     /// Tokens that its slot holds: of the prompt, then generated ones.
     pub(super) position: usize,
-    /// The last generated token, which the slot does not hold yet.
+    /// Generated tokens.
+    pub(super) reply: Vec<u32>,
+    /// The last of them, which the slot does not hold yet.
     pub(super) pending: Option<u32>,
     /// Positions of the prompt at which the state is to be kept, ascending.
     pub(super) keep_at: Vec<usize>,
+    /// The last position of which a state is kept; `None` where none is wanted.
+    kept: Option<usize>,
     writer: Writer,
     scores: Option<Scores>,
     events: Sender<Event>,
@@ -54,8 +58,8 @@ pub(super) enum Told<'a> {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Next {
     GoOn,
-    /// It ended by itself.
-    Finished,
+    /// It ends.
+    Finished(FinishReason),
     /// Nobody listens any more.
     Unheard,
 }
@@ -70,8 +74,10 @@ impl Sequence {
             cancel,
             bytes,
             position: 0,
+            reply: Vec::new(),
             pending: None,
             keep_at,
+            kept: None,
             writer,
             scores: top.map(|top| Scores { top, done: Vec::new(), previous: Vec::new() }),
             events,
@@ -110,6 +116,24 @@ impl Sequence {
         self.keep_at.retain(|at| (start + 1..=end).contains(at));
         self.keep_at.sort_unstable();
         self.keep_at.dedup();
+        self.kept = Some(start);
+    }
+
+    /// The state of the first `end` tokens is kept.
+    pub(super) fn keep(&mut self, end: usize) {
+        self.kept = Some(end);
+    }
+
+    /// Whether the end of the reply is worth a state: the prompt of the next turn begins with it.
+    pub(super) fn is_worth_keeping(&self) -> bool {
+        self.kept.is_some_and(|kept| self.position >= kept + GRAIN)
+    }
+
+    /// The tokens that the slot holds.
+    pub(super) fn held(&self) -> Vec<u32> {
+        let (prompt, reply) = (self.prompt.len().min(self.position), self.reply.iter());
+        let reply = reply.take(self.position - prompt);
+        self.prompt[..prompt].iter().chain(reply).copied().collect()
     }
 
     /// Tokens of the prompt that are still to run.
@@ -147,8 +171,7 @@ impl Sequence {
             self.events.send(Event::PromptScores(scores.done));
         }
         if self.writer.is_done() {
-            self.finish(FinishReason::Length);
-            return Ok(Next::Finished);
+            return Ok(Next::Finished(FinishReason::Length));
         }
         Ok(Next::GoOn)
     }
@@ -163,10 +186,14 @@ impl Sequence {
     /// Takes the next token. `is_full` says that the slot has no room for it.
     pub(super) fn write(&mut self, last: Told<'_>, is_full: bool) -> Result<Next> {
         let (piece, reason) = match last {
+            Told::Logits(logits) if !logits.iter().all(|v| v.is_finite()) => {
+                return Err(Error::NonFinite { position: self.position });
+            }
             Told::Logits(logits) => self.writer.write(logits, is_full)?,
             Told::Chosen(chosen) => self.writer.write_chosen(chosen, is_full)?,
         };
         self.pending = piece.id;
+        self.reply.extend(piece.id);
         self.usage.generated_tokens += 1;
         if self.usage.generated_tokens == 1 {
             self.usage.first_token_time = self.submitted.elapsed();
@@ -174,20 +201,16 @@ impl Sequence {
         if !self.events.send(Event::Piece(piece)) {
             return Ok(Next::Unheard);
         }
-        let Some(reason) = reason else { return Ok(Next::GoOn) };
-        self.finish(reason);
-        Ok(Next::Finished)
+        Ok(reason.map_or(Next::GoOn, Next::Finished))
     }
 
-    /// Tells the end after a cancellation, with the text that was held back.
-    pub(super) fn finish_cancelled(&mut self) {
-        if let Ok(Some(piece)) = self.writer.rest() {
+    /// Tells the end; after a cancellation, with the text that was held back.
+    pub(super) fn finish(&mut self, reason: FinishReason) {
+        if reason == FinishReason::Cancelled
+            && let Ok(Some(piece)) = self.writer.rest()
+        {
             self.events.send(Event::Piece(piece));
         }
-        self.finish(FinishReason::Cancelled);
-    }
-
-    fn finish(&mut self, reason: FinishReason) {
         if self.position >= self.prompt.len() {
             self.usage.generation_time = self.since.elapsed();
         } else {

@@ -1,6 +1,6 @@
 //! The thread that owns the model: takes requests into slots and steps them together.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::prefix::PrefixCache;
 use super::queue::{EngineStats, Job, Shared};
@@ -8,7 +8,7 @@ use super::sequence::{Next, Sequence, Told};
 use super::stream::Event;
 use crate::batch::{Batch, Outputs};
 use crate::error::{Error, Result};
-use crate::generate::Writer;
+use crate::generate::{FinishReason, Writer};
 use crate::model::Runner;
 use crate::sampler::Sampled;
 use crate::state::{Checkpoint, Lineage};
@@ -23,6 +23,8 @@ pub(super) struct Worker {
     slots: Vec<Slot>,
     batch: Batch,
     parts: Vec<Part>,
+    /// Requests that have ended and were not told so.
+    ended: Vec<(Sequence, Result<Next>)>,
     stats: EngineStats,
 }
 
@@ -75,6 +77,7 @@ impl Worker {
             slots,
             batch: Batch::new(),
             parts: Vec::new(),
+            ended: Vec::new(),
             stats: EngineStats::default(),
         }
     }
@@ -93,9 +96,7 @@ impl Worker {
         let running = sequences().count();
         let mut free = self.slots.len() - running;
         let mut bytes = sequences().map(|sequence| sequence.bytes).sum::<u64>();
-        self.stats.running = running;
-        self.stats.running_bytes = bytes;
-        self.stats.prefix = self.cache.as_ref().map(PrefixCache::stats).unwrap_or_default();
+        self.count();
         let budget = self.budget;
         let fits = |job: &Job| {
             let fits = free > 0 && bytes.saturating_add(job.bytes) <= budget;
@@ -109,17 +110,41 @@ impl Worker {
             return false;
         };
         jobs.into_iter().for_each(|job| self.start(job));
+        self.tell_ended();
         true
     }
 
     fn drop_cancelled(&mut self) {
-        for slot in &mut self.slots {
-            if let Some(sequence) = &mut slot.sequence
-                && sequence.cancel.is_cancelled()
-            {
-                sequence.finish_cancelled();
-                slot.sequence = None;
-                self.stats.cancelled += 1;
+        for slot in 0..self.slots.len() {
+            let sequence = self.slots[slot].sequence.as_ref();
+            if sequence.is_some_and(|sequence| sequence.cancel.is_cancelled()) {
+                self.end(slot, Ok(Next::Finished(FinishReason::Cancelled)));
+            }
+        }
+        self.tell_ended();
+    }
+
+    /// What runs now.
+    fn count(&mut self) {
+        let sequences = || self.slots.iter().filter_map(|slot| slot.sequence.as_ref());
+        self.stats.running = sequences().count();
+        self.stats.running_bytes = sequences().map(|sequence| sequence.bytes).sum();
+        self.stats.prefix = self.cache.as_ref().map(PrefixCache::stats).unwrap_or_default();
+    }
+
+    /// Tells the requests that have ended so, once they are counted: who hears of an end finds it in
+    /// the statistics.
+    fn tell_ended(&mut self) {
+        if self.ended.is_empty() {
+            return;
+        }
+        self.count();
+        self.shared.publish(self.stats);
+        for (mut sequence, next) in self.ended.drain(..) {
+            match next {
+                Ok(Next::Finished(reason)) => sequence.finish(reason),
+                Ok(Next::GoOn | Next::Unheard) => {}
+                Err(error) => sequence.fail(error),
             }
         }
     }
@@ -131,8 +156,9 @@ impl Worker {
         let mut sequence = match writer {
             Ok(writer) => Sequence::new(job, writer),
             Err(error) => {
-                job.events.send(Event::Failed(error));
                 self.stats.failed += 1;
+                self.shared.publish(self.stats);
+                job.events.send(Event::Failed(error));
                 return;
             }
         };
@@ -154,9 +180,8 @@ impl Worker {
             }
         };
         if let Err(error) = prepared {
-            slot.lineage.cut(0);
-            sequence.fail(error);
-            self.stats.failed += 1;
+            slot.sequence = Some(sequence);
+            self.end(index, Err(error));
             return;
         }
         sequence.start(state.map_or(0, |state| state.position()));
@@ -168,8 +193,8 @@ impl Worker {
         let ready = state.filter(|_| sequence.rest() == 0).map(|state| state.logits().to_vec());
         slot.sequence = Some(sequence);
         if let Some(logits) = ready {
-            let next = self.begin(index, Told::Logits(&logits));
-            self.end(index, next);
+            let next = self.begin(index);
+            self.go_on(vec![(index, next, Told::Logits(&logits))]);
         }
     }
 
@@ -195,27 +220,32 @@ impl Worker {
             Ok(Rows::Logits(logits)) => {
                 let vocab_size = self.runner.config().vocab_size;
                 let mut rest = &logits[..];
+                let mut turns = Vec::new();
                 for part in &parts {
                     let (rows, others) = rest.split_at((part.rows * vocab_size).min(rest.len()));
                     rest = others;
-                    let next = self.advance(part, rows);
-                    self.end(part.slot, next);
+                    let last = &rows[rows.len().saturating_sub(vocab_size)..];
+                    turns.push((part.slot, self.take(part, rows), Told::Logits(last)));
                 }
+                self.go_on(turns);
             }
             Ok(Rows::Chosen(chosen)) => {
                 let mut chosen = chosen.into_iter();
+                let mut turns = Vec::new();
                 for part in &parts {
-                    // A part without a row is one that nothing is told of.
-                    let last = match part.rows {
-                        0 => Some(Told::Logits(&[])),
-                        rows => chosen.by_ref().take(rows).last().flatten().map(Told::Chosen),
+                    let last = chosen.by_ref().take(part.rows).last();
+                    let (taken, told) = match last {
+                        // A part without a row is one that nothing is told of.
+                        None => (self.take(part, &[]), Told::Logits(&[])),
+                        Some(Some(chosen)) => (self.take(part, &[]), Told::Chosen(chosen)),
+                        Some(None) => {
+                            let error = Error::NonFinite { position: part.end };
+                            (Err(error), Told::Logits(&[]))
+                        }
                     };
-                    let next = match last {
-                        Some(last) => self.go_on(part, &[], last),
-                        None => Err(Error::NonFinite { position: part.end }),
-                    };
-                    self.end(part.slot, next);
+                    turns.push((part.slot, taken, told));
                 }
+                self.go_on(turns);
             }
             Err(error) => {
                 let source = Arc::new(error);
@@ -226,6 +256,7 @@ impl Worker {
             }
         }
         self.parts = parts;
+        self.tell_ended();
     }
 
     /// Makes the batch: a token of every generation, then parts of the prompts, in equal shares of
@@ -279,76 +310,119 @@ impl Worker {
         }
     }
 
-    /// Takes what a step computed for one sequence.
-    fn advance(&mut self, part: &Part, rows: &[f32]) -> Result<Next> {
+    /// Takes what a step computed for one sequence: `rows` are logits of the tokens of a part, as far
+    /// as they are wanted. True if its next token is to be chosen.
+    fn take(&mut self, part: &Part, rows: &[f32]) -> Result<bool> {
         let vocab_size = self.runner.config().vocab_size;
-        if !rows.iter().all(|v| v.is_finite()) {
-            return Err(Error::NonFinite { position: part.end });
-        }
-        let last = Told::Logits(&rows[rows.len().saturating_sub(vocab_size)..]);
-        self.go_on(part, rows, last)
-    }
-
-    /// A sequence has the tokens of a part; `rows` are their logits as far as they are wanted, and
-    /// `last` is what was told of the token after them.
-    fn go_on(&mut self, part: &Part, rows: &[f32], last: Told<'_>) -> Result<Next> {
-        let vocab_size = self.runner.config().vocab_size;
-        let context = self.runner.limits().context;
-        let Some(sequence) = &mut self.slots[part.slot].sequence else { return Ok(Next::GoOn) };
+        let Some(sequence) = &mut self.slots[part.slot].sequence else { return Ok(false) };
         if sequence.pending.is_some() {
             sequence.position = part.end;
-            self.stats.generated_tokens += 1;
-            return sequence.write(last, part.end >= context);
+            return Ok(true);
+        }
+        if !rows.iter().all(|v| v.is_finite()) {
+            return Err(Error::NonFinite { position: part.end });
         }
         self.stats.prompt_tokens += (part.end - sequence.position) as u64;
         sequence.read_part(part.end, vocab_size, rows);
         let is_read = sequence.rest() == 0;
-        if let Told::Logits(logits) = last
-            && sequence.keep_at.contains(&part.end)
-        {
-            self.keep(part, logits)?;
+        if !rows.is_empty() && sequence.keep_at.contains(&part.end) {
+            let last = &rows[rows.len() - vocab_size..];
+            self.keep(part.slot, last)?;
         }
-        if is_read { self.begin(part.slot, last) } else { Ok(Next::GoOn) }
+        if is_read { self.begin(part.slot) } else { Ok(false) }
     }
 
     /// Keeps the state of a slot for later prompts.
-    fn keep(&mut self, part: &Part, logits: &[f32]) -> Result<()> {
-        let Slot { lineage, sequence } = &mut self.slots[part.slot];
+    fn keep(&mut self, slot: usize, logits: &[f32]) -> Result<()> {
+        let Slot { lineage, sequence } = &mut self.slots[slot];
         let (Some(cache), Some(sequence)) = (&mut self.cache, sequence) else { return Ok(()) };
-        let checkpoint = Checkpoint::read(&*self.runner, part.slot, part.end, logits)?;
-        let tokens = &sequence.prompt[..part.end];
-        let checkpoint = Arc::new(checkpoint);
-        cache.insert(lineage.capture(&*self.runner, part.slot, tokens, &[], checkpoint)?);
+        let end = sequence.position;
+        let checkpoint = Checkpoint::read(&*self.runner, slot, end, logits)?;
+        let (tokens, checkpoint) = (sequence.held(), Arc::new(checkpoint));
+        cache.insert(lineage.capture(&*self.runner, slot, &tokens, &[], checkpoint)?);
+        sequence.keep(end);
         Ok(())
     }
 
-    /// The prompt of a sequence is in its slot: the first token.
-    fn begin(&mut self, slot: usize, last: Told<'_>) -> Result<Next> {
-        let context = self.runner.limits().context;
-        let Some(sequence) = &mut self.slots[slot].sequence else { return Ok(Next::GoOn) };
+    /// The prompt of a sequence is in its slot. True if a token is to be chosen.
+    fn begin(&mut self, slot: usize) -> Result<bool> {
+        let Some(sequence) = &mut self.slots[slot].sequence else { return Ok(false) };
         match sequence.end_prompt()? {
-            Next::GoOn => {}
-            other => return Ok(other),
+            Next::Finished(reason) => {
+                self.end(slot, Ok(Next::Finished(reason)));
+                Ok(false)
+            }
+            _ => Ok(true),
         }
-        self.stats.generated_tokens += 1;
-        sequence.write(last, sequence.position >= context)
+    }
+
+    /// Chooses the next token of every sequence that is to have one, on the threads of the backend.
+    /// `turns` has a slot once, whether its sequence is to have one, and what was told of it.
+    fn go_on(&mut self, turns: Vec<(usize, Result<bool>, Told<'_>)>) {
+        /// A sequence and what becomes of it.
+        struct Turn<'a> {
+            sequence: &'a mut Sequence,
+            told: Told<'a>,
+            next: Result<Next>,
+        }
+        let context = self.runner.limits().context;
+        let mut told: Vec<_> = self.slots.iter().map(|_| None).collect();
+        for (slot, taken, last) in turns {
+            match taken {
+                Ok(true) => told[slot] = Some(last),
+                Ok(false) => {}
+                Err(error) => self.end(slot, Err(error)),
+            }
+        }
+        let mut slots = Vec::new();
+        let mut turns = Vec::new();
+        for (index, (slot, told)) in self.slots.iter_mut().zip(told).enumerate() {
+            if let (Some(sequence), Some(told)) = (&mut slot.sequence, told) {
+                slots.push(index);
+                turns.push(Mutex::new(Turn { sequence, told, next: Ok(Next::GoOn) }));
+            }
+        }
+        // Each is locked by the one task that has its number.
+        self.runner.for_each(turns.len(), &|index| {
+            let mut turn = turns[index].lock().unwrap_or_else(PoisonError::into_inner);
+            let is_full = turn.sequence.position >= context;
+            let told = turn.told;
+            turn.next = turn.sequence.write(told, is_full);
+        });
+        self.stats.generated_tokens += turns.len() as u64;
+        let next =
+            |turn: Mutex<Turn<'_>>| turn.into_inner().unwrap_or_else(PoisonError::into_inner).next;
+        let next: Vec<_> = turns.into_iter().map(next).collect();
+        slots.into_iter().zip(next).for_each(|(slot, next)| self.end(slot, next));
     }
 
     /// Frees the slot of a sequence that does not go on.
     fn end(&mut self, slot: usize, next: Result<Next>) {
-        let slot = &mut self.slots[slot];
-        match next {
+        let mut is_whole = true;
+        match &next {
             Ok(Next::GoOn) => return,
-            Ok(Next::Finished) => self.stats.finished += 1,
-            Ok(Next::Unheard) => self.stats.cancelled += 1,
-            Err(error) => {
-                if let Some(sequence) = &slot.sequence {
-                    sequence.fail(error);
+            Ok(Next::Finished(FinishReason::Cancelled) | Next::Unheard) => {
+                self.stats.cancelled += 1;
+            }
+            Ok(Next::Finished(_)) => {
+                self.stats.finished += 1;
+                let sequence = self.slots[slot].sequence.as_ref();
+                if sequence.is_some_and(Sequence::is_worth_keeping) {
+                    // The reply is there, whether its state can be kept or not.
+                    is_whole = self.keep(slot, &[]).is_ok();
                 }
-                slot.lineage.cut(0);
+            }
+            Err(_) => {
                 self.stats.failed += 1;
+                is_whole = false;
             }
         }
-        slot.sequence = None;
+        let slot = &mut self.slots[slot];
+        if !is_whole {
+            slot.lineage.cut(0);
+        }
+        if let Some(sequence) = slot.sequence.take() {
+            self.ended.push((sequence, next));
+        }
     }
 }
