@@ -10,7 +10,7 @@ use crate::weight::PAD;
 /// Channels that one task works on.
 const BLOCK: usize = 128;
 /// Multiply-adds below which a second thread is no gain.
-const PARALLEL: usize = 1 << 15;
+const PARALLEL: usize = 1 << 13;
 
 /// Operands: x `(tokens, d_inner)`, weight `(d_conv, padded d_inner)`, bias `(d_inner)`.
 pub(crate) struct Operands<'a> {

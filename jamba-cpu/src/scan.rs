@@ -18,7 +18,7 @@ pub(crate) struct Operands<'a> {
     pub(crate) x: View<'a>,
     /// `(tokens, d_inner)`, before bias and softplus.
     pub(crate) dt: View<'a>,
-    /// `(d_state, padded d_inner)`.
+    /// `(padded d_inner / PAD, d_state, PAD)`.
     pub(crate) a: &'a [f32],
     /// `(tokens, d_state)`.
     pub(crate) b: View<'a>,
@@ -32,7 +32,8 @@ pub(crate) struct Operands<'a> {
     pub(crate) dt_bias: &'a [f32],
 }
 
-/// Per token and channel, h in `state`, per slot `(d_state, padded d_inner)`:
+/// Per token and channel, h in `state`, per slot `(padded d_inner / PAD, d_state, PAD)`: what a task
+/// has of a slot is contiguous, so that the states of many sequences stream through the caches.
 ///
 /// ```text
 /// dt = softplus(dt + dt_bias)
@@ -47,10 +48,10 @@ pub(crate) fn selective_scan(
     y: &mut [f32],
 ) {
     let d_inner = operands.x.cols;
-    let stride = d_inner.next_multiple_of(PAD);
+    let (d_state, stride) = (operands.b.cols, operands.a.len());
     let parallel = operands.x.rows * operands.a.len() >= PARALLEL;
     let y = Columns::new(y, d_inner, d_inner, BLOCK);
-    let state = Columns::new(state, stride, d_inner, BLOCK);
+    let state = Columns::new(state, stride, stride, BLOCK * d_state);
     for_each([y, state], parallel, |[mut y, mut state]| {
         with_simd!(isa, s => block(s, operands, batch, &mut state, &mut y));
     });
@@ -77,22 +78,25 @@ fn states<S: Simd, const N: usize>(
 ) {
     let cols = y.cols();
     let d_state = o.b.cols;
-    let stride = o.x.cols.next_multiple_of(PAD);
-    for c in (0..cols.len()).step_by(S::LANES) {
-        let width = S::LANES.min(cols.len() - c);
-        let at = cols.start + c..cols.start + c + width;
-        let load = |row: &[f32]| {
-            if width == S::LANES { s.load(row) } else { s.load_partial(row) }
-        };
-        let (d, dt_bias) = (load(&o.d[at.clone()]), load(&o.dt_bias[at.clone()]));
-        let mut first = 0;
-        for run in batch.runs() {
+    let first_state = state.cols().start;
+    let mut first = 0;
+    for run in batch.runs() {
+        let states = state.row(run.slot);
+        for c in (0..cols.len()).step_by(S::LANES) {
+            let width = S::LANES.min(cols.len() - c);
+            let at = cols.start + c..cols.start + c + width;
+            let load = |row: &[f32]| {
+                if width == S::LANES { s.load(row) } else { s.load_partial(row) }
+            };
+            let (d, dt_bias) = (load(&o.d[at.clone()]), load(&o.dt_bias[at.clone()]));
+            // State number n of these channels, counted from the first of the block.
+            let of = |n: usize| (c / PAD * d_state + n) * PAD + c % PAD;
             for n0 in (0..d_state).step_by(N) {
                 let mut a = [s.splat(0.0); N];
                 let mut h = [s.splat(0.0); N];
                 for n in 0..N {
-                    a[n] = s.load(&o.a[(n0 + n) * stride + at.start..]);
-                    h[n] = load(&state.row(run.slot * d_state + n0 + n)[c..c + width]);
+                    a[n] = s.load(&o.a[first_state + of(n0 + n)..]);
+                    h[n] = s.load(&states[of(n0 + n)..]);
                 }
                 for t in first..first + run.len {
                     let x = load(&o.x.row(t)[at.clone()]);
@@ -113,12 +117,12 @@ fn states<S: Simd, const N: usize>(
                     }
                     if width == S::LANES { s.store(sum, out) } else { s.store_partial(sum, out) }
                 }
+                // Past the last channel they are zero, and stay so.
                 for (n, h) in h.into_iter().enumerate() {
-                    let to = &mut state.row(run.slot * d_state + n0 + n)[c..c + width];
-                    if width == S::LANES { s.store(h, to) } else { s.store_partial(h, to) }
+                    s.store(h, &mut states[of(n0 + n)..]);
                 }
             }
-            first += run.len;
         }
+        first += run.len;
     }
 }

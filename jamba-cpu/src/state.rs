@@ -21,17 +21,19 @@ enum LayerState {
     Attention(Cache),
 }
 
-/// Values per channel, channels contiguous: per slot `(per_channel, padded channels)`.
+/// Values per channel, neighbouring channels contiguous: per slot
+/// `(padded channels / group, per_channel, group)`.
 pub(crate) struct Channels {
     pub(crate) values: Vec<f32>,
     pub(crate) channels: usize,
     pub(crate) per_channel: usize,
+    group: usize,
 }
 
 impl Channels {
-    fn new(slots: usize, per_channel: usize, channels: usize) -> Result<Self> {
+    fn new(slots: usize, per_channel: usize, channels: usize, group: usize) -> Result<Self> {
         let sizes = [slots, per_channel, channels.next_multiple_of(PAD)];
-        Ok(Self { values: zeros("Mamba states", &sizes)?, channels, per_channel })
+        Ok(Self { values: zeros("Mamba states", &sizes)?, channels, per_channel, group })
     }
 
     fn slot(&mut self, slot: usize) -> &mut [f32] {
@@ -41,13 +43,17 @@ impl Channels {
 
     /// Values of a slot as `(channels, per_channel)`.
     fn read(&self, slot: usize) -> Vec<f32> {
-        let padded = self.channels.next_multiple_of(PAD);
-        let mut out = vec![0.0; self.channels * self.per_channel];
-        if self.per_channel > 0 {
-            let rows = self.values[slot * self.per_channel * padded..].chunks_exact(padded);
-            for (n, row) in rows.take(self.per_channel).enumerate() {
-                let to = out.iter_mut().skip(n).step_by(self.per_channel);
-                to.zip(row).for_each(|(to, v)| *to = *v);
+        let &Self { channels, per_channel, group, .. } = self;
+        let mut out = vec![0.0; channels * per_channel];
+        if per_channel > 0 {
+            let len = per_channel * channels.next_multiple_of(PAD);
+            let groups =
+                self.values[slot * len..(slot + 1) * len].chunks_exact(group * per_channel);
+            for (out, values) in out.chunks_mut(group * per_channel).zip(groups) {
+                for (n, row) in values.chunks_exact(group).enumerate() {
+                    let to = out.iter_mut().skip(n).step_by(per_channel);
+                    to.zip(row).for_each(|(to, v)| *to = *v);
+                }
             }
         }
         out
@@ -56,10 +62,15 @@ impl Channels {
     /// Writes what [`read`](Self::read) returned.
     fn write(&mut self, slot: usize, values: &[f32]) -> Result<()> {
         check_len(values.len(), self.channels * self.per_channel)?;
-        let (per_channel, padded) = (self.per_channel, self.channels.next_multiple_of(PAD));
-        for (n, row) in self.slot(slot).chunks_exact_mut(padded).enumerate() {
-            let from = values.iter().skip(n).step_by(per_channel);
-            row.iter_mut().zip(from).for_each(|(to, v)| *to = *v);
+        let (per_channel, group) = (self.per_channel, self.group);
+        if per_channel > 0 {
+            let groups = self.slot(slot).chunks_exact_mut(group * per_channel);
+            for (values, group_of) in values.chunks(group * per_channel).zip(groups) {
+                for (n, row) in group_of.chunks_exact_mut(group).enumerate() {
+                    let from = values.iter().skip(n).step_by(per_channel);
+                    row.iter_mut().zip(from).for_each(|(to, v)| *to = *v);
+                }
+            }
         }
         Ok(())
     }
@@ -147,11 +158,12 @@ impl State {
     pub(crate) fn new(config: &Config, limits: &Limits) -> Result<Self> {
         let &Limits { slots, context, .. } = limits;
         let (d_inner, kv_heads) = (config.d_inner(), config.num_key_value_heads);
+        let padded = d_inner.next_multiple_of(PAD);
         let cache = || zeros("a KV cache", &[slots, kv_heads, context, config.head_dim]);
         let layer = |mixer| match mixer {
             MixerKind::Mamba => Ok(LayerState::Mamba {
-                conv: Channels::new(slots, config.mamba_d_conv - 1, d_inner)?,
-                ssm: Channels::new(slots, config.mamba_d_state, d_inner)?,
+                conv: Channels::new(slots, config.mamba_d_conv - 1, d_inner, padded)?,
+                ssm: Channels::new(slots, config.mamba_d_state, d_inner, PAD)?,
             }),
             MixerKind::Attention => Ok(LayerState::Attention(Cache {
                 keys: cache()?,

@@ -25,8 +25,9 @@ enum Form {
     Packed(Packed),
     /// A vector.
     Vector(Vec<f32>),
-    /// The transpose `(cols, rows)`, its rows padded with zeros to a multiple of [`PAD`]: what
-    /// vectors across channels read.
+    /// A table per channel, transposed, channels padded with zeros to a multiple of [`PAD`]: what
+    /// vectors across channels read. Of the convolution `(cols, padded rows)`; of A
+    /// `(padded rows / PAD, cols, PAD)`, as the states of the scan are.
     Transposed(Vec<f32>),
 }
 
@@ -59,7 +60,11 @@ impl Weight {
         let role = param.role;
         let form = match role {
             Role::Vector => Form::Vector(param.to_f32()),
-            Role::Conv | Role::A => Form::Transposed(transposed(&param.to_f32(), rows, cols)),
+            Role::Conv => {
+                let all = rows.next_multiple_of(PAD);
+                Form::Transposed(transposed(&param.to_f32(), rows, cols, all))
+            }
+            Role::A => Form::Transposed(transposed(&param.to_f32(), rows, cols, PAD)),
             Role::Embedding
             | Role::Head
             | Role::Linear
@@ -86,7 +91,7 @@ impl Weight {
         }
     }
 
-    /// `(cols, padded rows)` of the per-channel table that this is.
+    /// The per-channel table that this is.
     pub(crate) fn transposed(&self) -> Result<&[f32]> {
         match &self.form {
             Form::Transposed(values) => Ok(values),
@@ -199,12 +204,12 @@ impl Rows<'_> {
     }
 }
 
-fn transposed(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
-    let stride = rows.next_multiple_of(PAD);
-    let mut out = vec![0.0; cols * stride];
+/// `(padded rows / group, cols, group)`.
+fn transposed(values: &[f32], rows: usize, cols: usize, group: usize) -> Vec<f32> {
+    let mut out = vec![0.0; cols * rows.next_multiple_of(PAD)];
     for r in 0..rows {
         for c in 0..cols {
-            out[c * stride + r] = values[r * cols + c];
+            out[(r / group * cols + c) * group + r % group] = values[r * cols + c];
         }
     }
     out
