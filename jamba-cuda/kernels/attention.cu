@@ -34,6 +34,8 @@ __device__ __forceinline__ u64 cache_row(const AttentionArgs& a, u32 slot, u32 h
 
 // A block per token.
 extern "C" __global__ void __launch_bounds__(256) append_kv(const AttentionArgs a) {
+    let_next_begin();
+    await_inputs();
     const u32 t = blockIdx.x, width = a.kv_heads * HEAD_DIM;
     const Run run = a.runs[a.tokens[t].y];
     const u32 position = run.position + t - run.start;
@@ -71,6 +73,8 @@ struct RowsShared {
 };
 
 extern "C" __global__ void __launch_bounds__(128) attention_rows(const AttentionArgs a) {
+    let_next_begin();
+    await_inputs();
     extern __shared__ __align__(16) unsigned char memory[];
     RowsShared& s = *(RowsShared*)memory;
     const u32 segment = blockIdx.x / a.tiles, tile = blockIdx.x % a.tiles;
@@ -173,6 +177,8 @@ extern "C" __global__ void __launch_bounds__(128) attention_rows(const Attention
 
 // A block per token and head; a thread per part for the weights, then per column for the sums.
 extern "C" __global__ void __launch_bounds__(128) attention_merge(const AttentionArgs a) {
+    let_next_begin();
+    await_inputs();
     __shared__ float weights[128], warps[4];
     const u64 t = blockIdx.x, row = t * a.heads + blockIdx.y;
     if (a.runs[a.tokens[t].y].len >= a.tile_min) return;

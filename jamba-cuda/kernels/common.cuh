@@ -108,6 +108,22 @@ __device__ __forceinline__ void mma_bf16(float (&c)[4], const u32 (&a)[4], u32 b
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// A kernel that is launched as overlapping begins while the one before it still runs, so that what
+// it takes to begin is hidden. Every block waits here for all kernels before it, to whose results
+// and operands it must do nothing earlier; what no kernel of a step writes, weights above all, it
+// may fetch before. (Not __ldg for what kernels write: a compiler may move that before the wait.)
+__device__ __forceinline__ void await_inputs() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The kernel after this one may begin once all blocks have come here or ended. It waits in turn.
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // The last of `count` entries whose first segment is not after `segment`.
 __device__ __forceinline__ u32 run_of_segment(const Run* runs, u32 count, u32 segment) {
     u32 low = 0, high = count;

@@ -21,6 +21,8 @@ struct ConvArgs {
 };
 
 extern "C" __global__ void __launch_bounds__(128) causal_conv1d(const ConvArgs a) {
+    let_next_begin();
+    await_inputs();
     const u32 i = blockIdx.y * 128 + threadIdx.x;
     if (i >= a.d_inner) return;
     const Run run = a.runs[run_of_segment(a.runs, a.run_count, blockIdx.x)];

@@ -14,6 +14,8 @@ struct AddArgs {
 };
 
 extern "C" __global__ void __launch_bounds__(256) add_assign(const AddArgs a) {
+    let_next_begin();
+    await_inputs();
     const u64 step = (u64)gridDim.x * blockDim.x;
     u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     if (a.n % 4 == 0) {
@@ -36,6 +38,8 @@ struct SiluMulArgs {
 };
 
 extern "C" __global__ void __launch_bounds__(256) silu_mul(const SiluMulArgs a) {
+    let_next_begin();
+    await_inputs();
     const u64 row = blockIdx.x;
     const float* gate = a.gate_up + row * 2 * a.cols;
     const float* up = gate + a.cols;
@@ -58,6 +62,8 @@ struct SiluMulBf16Args {
 };
 
 extern "C" __global__ void __launch_bounds__(256) silu_mul_bf16(const SiluMulBf16Args a) {
+    let_next_begin();
+    await_inputs();
     const u64 row = blockIdx.x;
     const float* gate = a.gate_up + row * 2 * a.cols;
     const float* up = gate + a.cols;

@@ -13,6 +13,8 @@ struct EmbedArgs {
 };
 
 extern "C" __global__ void __launch_bounds__(256) embed(const EmbedArgs a) {
+    let_next_begin();
+    await_inputs();
     const u64 t = blockIdx.x;
     const weight_t* row = a.table + (u64)a.tokens[t].x * a.ld;
     for (u32 c = threadIdx.x; c < a.cols; c += blockDim.x) a.out[t * a.cols + c] = widen(row[c]);

@@ -23,6 +23,8 @@ __device__ __forceinline__ void keep_better(float& value, u32& at, float other, 
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) greedy(const GreedyArgs a) {
+    let_next_begin();
+    await_inputs();
     __shared__ float values[WARPS];
     __shared__ u32 places[WARPS];
     const float* row = a.x + (u64)blockIdx.x * a.cols;

@@ -25,6 +25,8 @@ struct LinearArgs {
 template <int ROWS, int OUTPUTS, int WARPS>
 __device__ __forceinline__ void linear(const LinearArgs& a) {
     __shared__ float sums[4][ROWS * OUTPUTS];
+    let_next_begin();
+    await_inputs();
     const u32 warp = threadIdx.x / 32, group = warp / WARPS;
     const u32 lane = threadIdx.x % (WARPS * 32);
     const u32 first = (blockIdx.x * (4 / WARPS) + group) * OUTPUTS;
@@ -52,7 +54,7 @@ __device__ __forceinline__ void linear(const LinearArgs& a) {
         for (int r = 0; r < ROWS; ++r) {
 #pragma unroll
             for (int v = 0; v < WEIGHT_VECTOR; v += 4) {
-                const float4 in = __ldg((const float4*)(x[r] + k + v));
+                const float4 in = *(const float4*)(x[r] + k + v);
 #pragma unroll
                 for (int j = 0; j < OUTPUTS; ++j) {
                     acc[r][j] += in.x * wide[j][v] + in.y * wide[j][v + 1] +
@@ -91,6 +93,8 @@ LINEAR_ROWS(4)
 LINEAR_ROWS(8)
 
 extern "C" __global__ void __launch_bounds__(128) linear_any(const LinearArgs a) {
+    let_next_begin();
+    await_inputs();
     const u32 j = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (j >= a.n) return;
     const weight_t* w = a.w + (u64)j * a.ldw;
@@ -116,6 +120,8 @@ struct CastArgs {
 
 // A block per row and 2048 columns; 8 columns per thread.
 extern "C" __global__ void __launch_bounds__(256) cast_bf16(const CastArgs a) {
+    let_next_begin();
+    await_inputs();
     const u32 c = (blockIdx.y * 256 + threadIdx.x) * 8;
     if (c >= a.ldo) return;
     const float* x = a.x + (u64)blockIdx.x * a.ldx + c;
@@ -141,6 +147,8 @@ struct BiasArgs {
 
 // A block per row, which walks over the columns.
 extern "C" __global__ void __launch_bounds__(256) add_bias(const BiasArgs a) {
+    let_next_begin();
+    await_inputs();
     float* out = a.out + (u64)blockIdx.x * a.n;
     for (u32 j = threadIdx.x; j < a.n; j += 256) out[j] += a.bias[j];
 }

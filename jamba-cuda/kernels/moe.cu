@@ -33,6 +33,8 @@ __device__ __forceinline__ int total_order(float v) {
 
 // A warp per token; lane l has experts l, l + 32, ...
 extern "C" __global__ void __launch_bounds__(128) moe_route(const RouteArgs a) {
+    let_next_begin();
+    await_inputs();
     const u32 token = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (token >= a.tokens) return;
     const float* logits = a.logits + (u64)token * a.experts;
@@ -85,6 +87,8 @@ struct SortArgs {
 // A block per expert, which reads all entries twice: how many belong to lower experts, then its
 // own, in order.
 extern "C" __global__ void __launch_bounds__(256) moe_sort(const SortArgs a) {
+    let_next_begin();
+    await_inputs();
     __shared__ u32 counts[8];
     const u32 own = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     u32 lower = 0;
@@ -134,7 +138,7 @@ __device__ __forceinline__ float dot(const weight_t* w, const float* x, u32 k) {
 #pragma unroll
         for (int v = 0; v < WEIGHT_VECTOR; v += 4) {
             if (aligned) {
-                const float4 in = __ldg((const float4*)(x + i + v));
+                const float4 in = *(const float4*)(x + i + v);
                 sum += in.x * wide[v] + in.y * wide[v + 1] + in.z * wide[v + 2] +
                        in.w * wide[v + 3];
             } else {
@@ -147,6 +151,8 @@ __device__ __forceinline__ float dot(const weight_t* w, const float* x, u32 k) {
 
 // act[entry, j] = silu(gate) up: 4 columns j per block, an entry along y.
 extern "C" __global__ void __launch_bounds__(128) moe_gate_up_rows(const RowsArgs a) {
+    let_next_begin();
+    await_inputs();
     const u32 entry = blockIdx.y, j = blockIdx.x * 4 + threadIdx.x / 32;
     if (j >= a.inter) return;
     const float* x = a.x + (u64)(entry / a.top_k) * a.hidden;
@@ -158,6 +164,8 @@ extern "C" __global__ void __launch_bounds__(128) moe_gate_up_rows(const RowsArg
 
 // out[token, j] = sum_k p y: 4 columns j per block, a token along y.
 extern "C" __global__ void __launch_bounds__(128) moe_down_rows(const RowsArgs a) {
+    let_next_begin();
+    await_inputs();
     const u32 token = blockIdx.y, j = blockIdx.x * 4 + threadIdx.x / 32;
     if (j >= a.hidden) return;
     float sum = 0.0f;
@@ -178,6 +186,8 @@ struct CombineArgs {
 
 // A block per token.
 extern "C" __global__ void __launch_bounds__(256) moe_combine(const CombineArgs a) {
+    let_next_begin();
+    await_inputs();
     const u32 token = blockIdx.x;
     for (u32 c = threadIdx.x; c < a.hidden; c += 256) {
         float sum = 0.0f;

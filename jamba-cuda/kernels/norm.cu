@@ -62,9 +62,13 @@ __device__ __forceinline__ void norm_row(const NormArgs& a) {
 }
 
 extern "C" __global__ void __launch_bounds__(256) rms_norm(const NormArgs a) {
+    let_next_begin();
+    await_inputs();
     norm_row<false>(a);
 }
 extern "C" __global__ void __launch_bounds__(256) add_rms_norm(const NormArgs a) {
+    let_next_begin();
+    await_inputs();
     norm_row<true>(a);
 }
 
@@ -85,12 +89,16 @@ __device__ __forceinline__ void norm_in_warp(float* x, const float* weight, u32 
 }
 
 extern "C" __global__ void __launch_bounds__(128) rms_norm_cols(const NormColsArgs a) {
+    let_next_begin();
+    await_inputs();
     const u64 row = (u64)blockIdx.x * 4 + threadIdx.x / 32;
     if (row >= a.rows) return;
     norm_in_warp(a.x + row * a.cols + a.first, a.weight[0], a.n[0], a.eps);
 }
 
 extern "C" __global__ void __launch_bounds__(384) dt_b_c_norm(const NormColsArgs a) {
+    let_next_begin();
+    await_inputs();
     const u32 warp = threadIdx.x / 32;
     const u64 row = (u64)blockIdx.x * 4 + warp / 3;
     if (row >= a.rows) return;

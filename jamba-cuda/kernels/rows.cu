@@ -11,6 +11,8 @@ struct RowsArgs {
 };
 
 extern "C" __global__ void __launch_bounds__(256) output_rows(const RowsArgs a) {
+    let_next_begin();
+    await_inputs();
     const u64 from = (u64)a.index[blockIdx.x] * a.cols, to = (u64)blockIdx.x * a.cols;
     for (u32 c = threadIdx.x; c < a.cols; c += blockDim.x) a.out[to + c] = a.x[from + c];
 }

@@ -211,8 +211,12 @@ __device__ __forceinline__ void scan(const ScanArgs& a) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) selective_scan(const ScanArgs a) {
+    let_next_begin();
+    await_inputs();
     scan<1>(a);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) selective_scan_aligned(const ScanArgs a) {
+    let_next_begin();
+    await_inputs();
     scan<4>(a);
 }

@@ -9,7 +9,7 @@ use jamba_core::backend::{
 };
 use jamba_core::schedule::Schedule;
 use jamba_core::shape::{self, Shaped};
-use jamba_core::weights::{Mamba, Mlp, Moe};
+use jamba_core::weights::{Mamba, Mlp, Moe, Weights};
 use jamba_core::{Batch, Config, Param, Result, Sampled, WeightFormat};
 
 use crate::blocks;
@@ -33,6 +33,7 @@ use crate::ops::workspace::Workspaces;
 use crate::options::{CudaOptions, Precision};
 use crate::plan::{self, Plan};
 use crate::state::{Kernels, State};
+use crate::step;
 use crate::tensor::{Tensor, View};
 use crate::weight::Weight;
 
@@ -469,5 +470,15 @@ impl Backend for CudaBackend {
 
     fn add_rms_norm(&self, weight: &Weight, eps: f32, scratch: &mut Scratch<Tensor>) -> Result<()> {
         blocks::add_rms_norm(self, weight, eps, scratch)
+    }
+
+    fn forward(
+        &self,
+        config: &Config,
+        weights: &Weights<Weight>,
+        scratch: &mut Scratch<Tensor>,
+        state: &mut State,
+    ) -> Result<()> {
+        step::forward(self, config, weights, scratch, state)
     }
 }

@@ -1,14 +1,15 @@
-//! One card: its context, its one stream, memory on it, and launches.
+//! One card: its context, its one stream, memory on it, launches, and graphs of them.
 #![allow(unsafe_code, reason = "calls into the CUDA driver")]
 
+use std::cell::Cell;
 use std::ffi::c_void;
 use std::ops::Range;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute, CUresult};
+use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute, CUresult};
 use cudarc::driver::{
-    CudaContext, CudaEvent, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr,
+    CudaContext, CudaEvent, CudaFunction, CudaGraph, CudaModule, CudaSlice, CudaStream, DevicePtr,
     DriverError, PinnedHostSlice, result,
 };
 use cudarc::nvrtc::Ptx;
@@ -20,6 +21,9 @@ use crate::libraries;
 pub(crate) struct Device {
     ctx: Arc<CudaContext>,
     stream: Arc<CudaStream>,
+    /// Where graphs are captured, one at a time: what other threads launch meanwhile goes to
+    /// `stream`, and is in no graph.
+    capturing: Mutex<Arc<CudaStream>>,
     name: String,
     capability: (i32, i32),
     multiprocessors: usize,
@@ -60,7 +64,8 @@ impl Device {
         let ctx = CudaContext::new(ordinal).map_err(driver_error("opening the device"))?;
         // SAFETY: nothing is allocated yet, and all work of this context goes to one stream.
         unsafe { ctx.disable_event_tracking() };
-        let stream = ctx.new_stream().map_err(driver_error("making a stream"))?;
+        let new_stream = || ctx.new_stream().map_err(driver_error("making a stream"));
+        let (stream, capturing) = (new_stream()?, Mutex::new(new_stream()?));
         let name = ctx.name().map_err(driver_error("cuDeviceGetName"))?;
         let attribute = |a| ctx.attribute(a).map_err(driver_error("cuDeviceGetAttribute"));
         let sms = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
@@ -68,7 +73,7 @@ impl Device {
             attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let capability = ctx.compute_capability().map_err(driver_error("compute capability"))?;
         let (multiprocessors, shared_limit) = (sms.max(1) as usize, shared.max(0) as usize);
-        Ok(Self { ctx, stream, name, capability, multiprocessors, shared_limit, guards })
+        Ok(Self { ctx, stream, capturing, name, capability, multiprocessors, shared_limit, guards })
     }
 
     /// Whether there are guards around allocations.
@@ -96,9 +101,9 @@ impl Device {
         self.multiprocessors
     }
 
-    /// The stream, for calls of cuBLASLt.
-    pub(crate) fn stream(&self) -> &Arc<CudaStream> {
-        &self.stream
+    /// The stream that launches of this thread go to, for calls of cuBLASLt.
+    pub(crate) fn launch_stream(&self) -> sys::CUstream {
+        CAPTURED_TO.get().unwrap_or(self.stream.cu_stream())
     }
 
     /// Makes the context current on this thread.
@@ -136,7 +141,9 @@ impl Device {
             _ => driver_error("allocating memory")(e),
         })?;
         let ptr = slice.device_ptr(&self.stream).0 + guard as u64;
-        let mut buffer = Buffer { slice, ptr, bytes, guards: None };
+        static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+        let id = ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        let mut buffer = Buffer { slice, ptr, bytes, id, guards: None };
         if let Some(overruns) = &self.guards {
             self.fill(buffer.ptr - GUARD as u64, GUARD_BYTE, len + 2 * GUARD)?;
             buffer.guards = Some((self.stream.clone(), overruns.clone()));
@@ -253,28 +260,101 @@ impl Device {
         }
         self.bind()?;
         let mut params = [std::ptr::from_ref(args).cast_mut().cast::<c_void>()];
-        let [x, y, z] = grid.blocks;
-        // SAFETY: the function and the stream are alive; the parameter is as the caller says, and
-        // is copied by the driver before this returns.
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid.blocks[0],
+            gridDimY: grid.blocks[1],
+            gridDimZ: grid.blocks[2],
+            blockDimX: grid.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: grid.shared,
+            hStream: self.launch_stream(),
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(kernel.overlaps),
+        };
+        // SAFETY: the function and the stream are alive; the attribute is read, and the parameter,
+        // which is as the caller says, copied by the driver before this returns.
         let launched = unsafe {
-            result::launch_kernel(
+            sys::cuLaunchKernelEx(
+                &raw const config,
                 kernel.function.cu_function(),
-                (x, y, z),
-                (grid.threads, 1, 1),
-                grid.shared,
-                self.stream.cu_stream(),
-                &mut params,
+                params.as_mut_ptr(),
+                std::ptr::null_mut(),
             )
         };
-        launched.map_err(driver_error(kernel.name))
+        launched.result().map_err(driver_error(kernel.name))
+    }
+
+    /// What `work` launches on this thread, as a graph; none of it runs. It must neither allocate
+    /// nor copy, nor wait for the device.
+    pub(crate) fn capture<E: From<Error>>(
+        &self,
+        work: impl FnOnce() -> std::result::Result<(), E>,
+    ) -> std::result::Result<Graph, E> {
+        let stream = self.capturing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        stream.begin_capture(mode).map_err(driver_error("beginning a graph"))?;
+        let worked = {
+            let _captured = Captured::to(&stream);
+            work()
+        };
+        // Ended even where the work failed: the stream is needed for the next.
+        let ended = stream.end_capture(sys::CUgraphInstantiate_flags(0));
+        worked?;
+        let graph = ended.map_err(driver_error("making a graph"))?;
+        let spoilt = DriverError(CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
+        graph.map(Graph).ok_or_else(|| driver_error("making a graph")(spoilt).into())
+    }
+
+    /// Runs a graph after all work given so far.
+    pub(crate) fn replay(&self, graph: &Graph) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the graph and the stream are alive; what its kernels read and write is there, as
+        // whoever replays it sees to.
+        let launched =
+            unsafe { result::graph::launch(graph.0.cu_graph_exec(), self.stream.cu_stream()) };
+        launched.map_err(driver_error("launching a graph"))
     }
 }
+
+thread_local! {
+    /// The stream that this thread captures to.
+    static CAPTURED_TO: Cell<Option<sys::CUstream>> = const { Cell::new(None) };
+}
+
+/// While it lives, launches of this thread are captured.
+struct Captured;
+
+impl Captured {
+    fn to(stream: &CudaStream) -> Self {
+        CAPTURED_TO.set(Some(stream.cu_stream()));
+        Self
+    }
+}
+
+impl Drop for Captured {
+    fn drop(&mut self) {
+        CAPTURED_TO.set(None);
+    }
+}
+
+/// Launches that were captured.
+pub(crate) struct Graph(CudaGraph);
+
+// SAFETY: graphs may be used from any thread by one at a time, and the owner has it exclusively.
+unsafe impl Send for Graph {}
 
 /// Memory on the device, freed in stream order when dropped.
 pub(crate) struct Buffer {
     slice: CudaSlice<u8>,
     ptr: u64,
     bytes: usize,
+    id: u64,
     /// To look at the bytes around it.
     guards: Option<(Arc<CudaStream>, Overruns)>,
 }
@@ -283,6 +363,11 @@ impl Buffer {
     /// Its address on the device.
     pub(crate) fn ptr(&self) -> u64 {
         self.ptr
+    }
+
+    /// Tells it from every other allocation, also from later ones at its address.
+    pub(crate) fn id(&self) -> u64 {
+        self.id
     }
 
     fn beyond(&self, range: &Range<usize>) -> Error {
@@ -380,6 +465,7 @@ impl Drop for Staging {
 pub(crate) struct Kernel {
     function: CudaFunction,
     name: &'static str,
+    overlaps: bool,
 }
 
 impl Kernel {
@@ -400,7 +486,13 @@ impl Kernel {
             let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             function.set_attribute(attribute, shared as i32).map_err(driver_error(name))?;
         }
-        Ok(Self { function, name })
+        Ok(Self { function, name, overlaps: false })
+    }
+
+    /// The same, begun while the kernel before it still runs, where the card can do that: every
+    /// block of it calls `await_inputs` of common.cuh before it touches what kernels write.
+    pub(crate) fn overlapping(self, device: &Device) -> Self {
+        Self { overlaps: device.capability.0 >= 9, ..self }
     }
 }
 

@@ -143,6 +143,20 @@ impl Module {
         self.kernel_with_shared(name, 0)
     }
 
+    /// The kernel of this name, which begins early: it calls `await_inputs` of common.cuh.
+    pub(crate) fn overlapping(&self, name: &'static str) -> Result<Kernel> {
+        self.overlapping_with_shared(name, 0)
+    }
+
+    /// As [`overlapping`](Self::overlapping), with up to `shared` bytes of dynamic shared memory.
+    pub(crate) fn overlapping_with_shared(
+        &self,
+        name: &'static str,
+        shared: usize,
+    ) -> Result<Kernel> {
+        Ok(self.kernel_with_shared(name, shared)?.overlapping(&self.device))
+    }
+
     /// The kernel of this name, launched with up to `shared` bytes of dynamic shared memory.
     pub(crate) fn kernel_with_shared(&self, name: &'static str, shared: usize) -> Result<Kernel> {
         Kernel::new(&self.device, &self.module, name, shared)

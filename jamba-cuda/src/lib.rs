@@ -29,6 +29,7 @@ mod options;
 mod plan;
 mod probe;
 mod state;
+mod step;
 mod tensor;
 mod trap;
 mod weight;

@@ -12,6 +12,7 @@ use crate::ops::attention::Attention;
 use crate::ops::conv1d::Conv1d;
 use crate::ops::scan::Scan;
 use crate::options::Precision;
+use crate::step::Graphs;
 
 /// Tokens of a segment: `SEGMENT` of common.cuh.
 pub(crate) const SEGMENT: usize = 64;
@@ -22,6 +23,7 @@ const RUN_WORDS: usize = 8;
 pub struct State {
     pub(crate) batch: Staged,
     pub(crate) kernels: Kernels,
+    pub(crate) graphs: Graphs,
     layers: Vec<LayerState>,
     limits: Limits,
     precision: Precision,
@@ -107,6 +109,11 @@ impl Staged {
             positions: 0,
             largest_token: (0, 0),
         })
+    }
+
+    /// Whether every run is one token.
+    pub(crate) fn is_decode(&self) -> bool {
+        (self.shortest, self.longest) == (1, 1)
     }
 
     /// Whether every token is a row of a table of so many.
@@ -230,7 +237,7 @@ impl State {
         let schedule = Schedule::new(config);
         let layers = schedule.iter().map(|kind| layer(kind.mixer)).collect::<Result<_>>()?;
         let batch = Staged::new(device, limits)?;
-        Ok(Self { batch, kernels, layers, limits: *limits, precision })
+        Ok(Self { batch, kernels, graphs: Graphs::default(), layers, limits: *limits, precision })
     }
 
     pub(crate) fn conv(&self, layer: usize) -> jamba_core::Result<&Channels> {

@@ -86,6 +86,11 @@ impl Weight {
         self.buffer.ptr()
     }
 
+    /// Tells it from every other allocation.
+    pub(crate) fn id(&self) -> u64 {
+        self.buffer.id()
+    }
+
     /// Elements from one row to the next.
     pub(crate) fn ld(&self) -> u32 {
         self.ld as u32

@@ -72,9 +72,9 @@ impl Attention {
         let tiles =
             loader.precision == Precision::Bf16 && head_dim.is_multiple_of(16) && head_dim <= 128;
         Ok(Self {
-            append_kv: module.kernel("append_kv")?,
-            rows: module.kernel_with_shared("attention_rows", shared)?,
-            merge: module.kernel("attention_merge")?,
+            append_kv: module.overlapping("append_kv")?,
+            rows: module.overlapping_with_shared("attention_rows", shared)?,
+            merge: module.overlapping("attention_merge")?,
             tiles: tiles.then(|| module.kernel("attention_tiles")).transpose()?,
             head_dim,
             shared,
@@ -102,10 +102,12 @@ impl Attention {
         let queries = batch.longest.min(SEGMENT).min(tile_min - 1);
         let tiles = (queries * (heads / kv_heads)).div_ceil(ROWS);
         let blocks = batch.segments * tiles * kv_heads;
+        // A decode step may be a graph, which is used again for longer sequences.
+        let keys = if batch.is_decode() { cache.context } else { batch.positions };
         let part_bytes = 4 * batch.tokens * heads * (head_dim + 2);
         let splits = (2 * device.multiprocessors())
             .div_ceil(blocks.max(1))
-            .min(batch.positions.div_ceil(SPLIT_KEYS))
+            .min(keys.div_ceil(SPLIT_KEYS))
             .min(PARTS_BYTES / part_bytes.max(1))
             .clamp(1, SPLITS);
         let args = AttentionArgs {

@@ -42,7 +42,7 @@ pub(crate) struct Conv1d {
 
 impl Conv1d {
     pub(crate) fn load(loader: &Loader, d_conv: usize) -> crate::Result<Self> {
-        Ok(Self { causal_conv1d: loader.module(&unit(d_conv)?)?.kernel("causal_conv1d")? })
+        Ok(Self { causal_conv1d: loader.module(&unit(d_conv)?)?.overlapping("causal_conv1d")? })
     }
 
     /// Convolution and SiLU of the staged tokens, continuing from and updating `state`.

@@ -145,7 +145,7 @@ impl CublasLt {
                 &plan.algorithm,
                 self.workspace.ptr() as *mut c_void,
                 WORKSPACE_BYTES,
-                device.stream().cu_stream().cast(),
+                device.launch_stream().cast(),
             )
         };
         done.map_err(refused(describe(&product)))

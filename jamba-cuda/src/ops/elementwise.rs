@@ -49,9 +49,9 @@ impl Elementwise {
     pub(crate) fn load(loader: &Loader) -> crate::Result<Self> {
         let module = loader.module(&unit())?;
         Ok(Self {
-            add_assign: module.kernel("add_assign")?,
-            silu_mul: module.kernel("silu_mul")?,
-            silu_mul_bf16: module.kernel("silu_mul_bf16")?,
+            add_assign: module.overlapping("add_assign")?,
+            silu_mul: module.overlapping("silu_mul")?,
+            silu_mul_bf16: module.overlapping("silu_mul_bf16")?,
         })
     }
 

@@ -31,7 +31,7 @@ pub(crate) struct Embed {
 
 impl Embed {
     pub(crate) fn load(loader: &Loader) -> crate::Result<Self> {
-        Ok(Self { embed: loader.module(&unit())?.kernel("embed")? })
+        Ok(Self { embed: loader.module(&unit())?.overlapping("embed")? })
     }
 
     /// Rows of the table for the staged tokens.

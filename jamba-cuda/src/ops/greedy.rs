@@ -39,7 +39,7 @@ pub(crate) struct Greedy {
 
 impl Greedy {
     pub(crate) fn load(loader: &Loader) -> Result<Self> {
-        Ok(Self { greedy: loader.module(&unit())?.kernel("greedy")? })
+        Ok(Self { greedy: loader.module(&unit())?.overlapping("greedy")? })
     }
 
     /// Per row the column of the largest value, and the logarithm of its softmax.

@@ -84,16 +84,16 @@ impl Linear {
     pub(crate) fn load(loader: &Loader) -> crate::Result<Self> {
         let module = loader.module(&unit())?;
         let few = |names: [&'static str; 4]| -> crate::Result<Few> {
-            let [a, b, c, d] = names.map(|name| module.kernel(name));
+            let [a, b, c, d] = names.map(|name| module.overlapping(name));
             Ok([a?, b?, c?, d?])
         };
         Ok(Self {
             wide: few(["linear_1_4_4", "linear_2_4_4", "linear_4_4_4", "linear_8_4_4"])?,
             narrow: few(["linear_1_1_4", "linear_2_1_4", "linear_4_1_4", "linear_8_1_4"])?,
             short: few(["linear_1_4_1", "linear_2_4_1", "linear_4_4_1", "linear_8_4_1"])?,
-            any: module.kernel("linear_any")?,
-            cast_bf16: module.kernel("cast_bf16")?,
-            add_bias: module.kernel("add_bias")?,
+            any: module.overlapping("linear_any")?,
+            cast_bf16: module.overlapping("cast_bf16")?,
+            add_bias: module.overlapping("add_bias")?,
             cublas: Mutex::new(CublasLt::new(&loader.device, loader.precision)?),
             precision: loader.precision,
         })

@@ -168,11 +168,11 @@ impl Experts {
             Precision::F32 => vec![load("moe_gate_up_64", "moe_down_64", 64, 64, 0)?],
         };
         Ok(Self {
-            route: moe.kernel("moe_route")?,
-            sort: moe.kernel("moe_sort")?,
-            gate_up_rows: moe.kernel("moe_gate_up_rows")?,
-            down_rows: moe.kernel("moe_down_rows")?,
-            combine: moe.kernel("moe_combine")?,
+            route: moe.overlapping("moe_route")?,
+            sort: moe.overlapping("moe_sort")?,
+            gate_up_rows: moe.overlapping("moe_gate_up_rows")?,
+            down_rows: moe.overlapping("moe_down_rows")?,
+            combine: moe.overlapping("moe_combine")?,
             tiles,
             precision: loader.precision,
         })

@@ -50,10 +50,10 @@ impl Norm {
     pub(crate) fn load(loader: &Loader) -> crate::Result<Self> {
         let module = loader.module(&unit())?;
         Ok(Self {
-            rms_norm: module.kernel("rms_norm")?,
-            add_rms_norm: module.kernel("add_rms_norm")?,
-            rms_norm_cols: module.kernel("rms_norm_cols")?,
-            dt_b_c_norm: module.kernel("dt_b_c_norm")?,
+            rms_norm: module.overlapping("rms_norm")?,
+            add_rms_norm: module.overlapping("add_rms_norm")?,
+            rms_norm_cols: module.overlapping("rms_norm_cols")?,
+            dt_b_c_norm: module.overlapping("dt_b_c_norm")?,
         })
     }
 

@@ -28,7 +28,7 @@ pub(crate) struct Rows {
 
 impl Rows {
     pub(crate) fn load(loader: &Loader) -> crate::Result<Self> {
-        Ok(Self { output_rows: loader.module(&unit())?.kernel("output_rows")? })
+        Ok(Self { output_rows: loader.module(&unit())?.overlapping("output_rows")? })
     }
 
     /// The rows of `x` whose logits the staged batch asks for.

@@ -105,7 +105,7 @@ pub(crate) struct Scan {
 impl Scan {
     pub(crate) fn load(loader: &Loader, d_state: usize) -> crate::Result<Self> {
         let (shape, module) = (Shape::new(d_state)?, loader.module(&unit(d_state)?)?);
-        let kernel = |name| module.kernel_with_shared(name, shape.shared());
+        let kernel = |name| module.overlapping_with_shared(name, shape.shared());
         Ok(Self {
             any: kernel("selective_scan")?,
             aligned: kernel("selective_scan_aligned")?,

@@ -50,10 +50,18 @@ pub(crate) struct Workspaces {
 }
 
 impl Workspaces {
+    fn buffers(&self) -> impl Iterator<Item = &Buffer> {
+        let Self { cast, parts, routes, act, expert_out, chosen } = self;
+        [cast, parts, routes, act, expert_out, chosen].into_iter().filter_map(|w| w.0.as_ref())
+    }
+
     /// Bytes allocated so far.
     pub(crate) fn bytes(&self) -> usize {
-        let experts = [&self.routes, &self.act, &self.expert_out];
-        let all = [&self.cast, &self.parts, &self.chosen].into_iter().chain(experts);
-        all.filter_map(|w| w.0.as_ref()).map(Buffer::bytes).sum()
+        self.buffers().map(Buffer::bytes).sum()
+    }
+
+    /// Tell the allocations from all others.
+    pub(crate) fn ids(&self) -> impl Iterator<Item = u64> {
+        self.buffers().map(Buffer::id)
     }
 }

@@ -11,6 +11,7 @@ mod faults;
 mod greedy;
 mod kernels;
 mod models;
+mod step;
 mod support;
 
 use std::process::ExitCode;
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
     for precision in PRECISIONS {
         trials.extend(kit(precision));
         trials.extend(models::trials(precision));
+        trials.extend(step::trials(precision));
         trials.extend(engine::trials(precision));
         trials.extend(greedy::trials(precision));
     }

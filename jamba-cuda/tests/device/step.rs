@@ -1,0 +1,173 @@
+//! Decode steps as graphs: to the bit those launched kernel by kernel.
+
+use jamba_core::backend::{Backend, Scratch};
+use jamba_core::{Batch, Cols, Config, Limits, Model, ModelRunner, Outputs, Runner, compose};
+use jamba_cuda::{CudaBackend, Precision, State, Tensor};
+use libtest_mimic::{Failed, Trial};
+
+use crate::support::{check, guarded, random, small, text};
+
+pub(crate) fn trials(precision: Precision) -> Vec<Trial> {
+    let trial = |name, run: fn(CudaBackend) -> Result<(), Failed>| {
+        Trial::test(format!("{precision:?}::step::{name}"), move || guarded(precision, run))
+    };
+    vec![
+        trial("graph_equals_eager", graph_equals_eager),
+        trial("many_graphs", many_graphs),
+        trial("other_memory", other_memory),
+    ]
+}
+
+/// A state and its scratch, run by hand.
+struct By {
+    scratch: Scratch<Tensor>,
+    state: State,
+}
+
+impl By {
+    fn new(model: &Model<CudaBackend>, limits: &Limits) -> jamba_core::Result<Self> {
+        let (backend, config) = (model.backend(), model.config());
+        let scratch = Scratch::new(backend, config, limits)?;
+        Ok(Self { scratch, state: backend.new_state(config, limits)? })
+    }
+
+    /// Logits of a step, in the step of the backend or in that of the composition, which runs the
+    /// backend's own blocks but knows no graph.
+    fn step(
+        &mut self,
+        model: &Model<CudaBackend>,
+        batch: &Batch,
+        is_composed: bool,
+    ) -> jamba_core::Result<Vec<f32>> {
+        let (b, config, weights) = (model.backend(), model.config(), model.weights());
+        b.stage(&mut self.state, batch)?;
+        let Self { scratch, state } = self;
+        match is_composed {
+            true => compose::forward(b, config, weights, scratch, state)?,
+            false => b.forward(config, weights, scratch, state)?,
+        }
+        b.read(Cols { tensor: &scratch.logits, cols: 0..config.vocab_size })
+    }
+}
+
+const SLOTS: usize = 11;
+const LIMITS: Limits = Limits { slots: SLOTS, context: 300, tokens: 200, outputs: SLOTS };
+
+/// A step of the sequences in `slots`, whose lengths go on.
+fn decode(lengths: &mut [usize], slots: &[usize], seed: usize, vocab_size: usize) -> Batch {
+    let mut batch = Batch::new();
+    for &slot in slots {
+        let id = text((seed * 31 + slot + 1) as u64, 1, vocab_size);
+        batch.push(slot, lengths[slot], &id, Outputs::Last);
+        lengths[slot] += 1;
+    }
+    batch
+}
+
+/// A model with layers of every kind.
+fn every_kind() -> Config {
+    let mut config = small();
+    (config.num_experts, config.num_experts_per_tok) = (4, 2);
+    config
+}
+
+fn graph_equals_eager(backend: CudaBackend) -> Result<(), Failed> {
+    let model = random(every_kind(), 5, backend)?;
+    let vocab_size = model.config().vocab_size;
+    let (mut graph, mut eager) = (By::new(&model, &LIMITS)?, By::new(&model, &LIMITS)?);
+    let mut lengths = [0; SLOTS];
+    // Prompts of different lengths, one after the other, then together with a decode step.
+    for (slot, length) in lengths.iter_mut().enumerate() {
+        let prompt = text(slot as u64 + 1, 1 + slot * 17, vocab_size);
+        let batch = Batch::single(slot, 0, &prompt, Outputs::Last);
+        *length = prompt.len();
+        let (got, expected) =
+            (graph.step(&model, &batch, false)?, eager.step(&model, &batch, true)?);
+        check(got == expected, format!("the prompt of slot {slot} differs"))?;
+    }
+    // Each several times, in turn, in other orders and slots.
+    let all: Vec<usize> = (0..SLOTS).collect();
+    let sets = [&all[..], &all[..1], &[3, 2], &all[2..10], &[10, 0], &all[..9], &all[7..8]];
+    for round in 0..6 {
+        for (at, slots) in sets.iter().enumerate() {
+            let batch = decode(&mut lengths, slots, round * 8 + at, vocab_size);
+            let got = graph.step(&model, &batch, false)?;
+            let expected = eager.step(&model, &batch, true)?;
+            check(got.len() == slots.len() * vocab_size, "other rows of logits")?;
+            check(got == expected, format!("round {round}, step {at} differs"))?;
+        }
+    }
+    Ok(())
+}
+
+/// More numbers of sequences than graphs are kept, in turn.
+fn many_graphs(backend: CudaBackend) -> Result<(), Failed> {
+    let model = random(small(), 6, backend)?;
+    let vocab_size = model.config().vocab_size;
+    let slots = 70;
+    let limits = Limits { slots, context: 512, tokens: slots, outputs: slots };
+    let (mut graph, mut eager) = (By::new(&model, &limits)?, By::new(&model, &limits)?);
+    let mut lengths = vec![0; slots];
+    let all: Vec<usize> = (0..slots).collect();
+    let counts = (1..=slots).chain(60..=slots).chain(1..=slots).chain([1, 1, 2, 1]);
+    for (seed, n) in counts.enumerate() {
+        let batch = decode(&mut lengths, &all[..n], seed, vocab_size);
+        let got = graph.step(&model, &batch, false)?;
+        check(got == eager.step(&model, &batch, true)?, format!("{n} sequences differ"))?;
+    }
+    Ok(())
+}
+
+/// A graph is not used with memory other than that it was made for: another scratch, other
+/// weights, and workspaces that another runner has replaced by larger ones.
+fn other_memory(backend: CudaBackend) -> Result<(), Failed> {
+    let backend = std::sync::Arc::new(backend);
+    let source = |seed| jamba_core::random::RandomParams { seed, dtype: jamba_core::Dtype::Bf16 };
+    let make = |seed| Model::new(every_kind(), &source(seed), backend.clone());
+    let limits = Limits { slots: 1, context: 64, tokens: 4, outputs: 1 };
+    let (first, second) = (make(1)?, make(2)?);
+    let mut runner = ModelRunner::new(first.clone(), limits)?;
+    let mut other = ModelRunner::new(second.clone(), limits)?;
+    let mut expected = ModelRunner::new(first.clone(), limits)?;
+    let step = |runner: &mut ModelRunner<_>, at: usize| {
+        runner.step(&Batch::single(0, at, &[at as u32 + 7], Outputs::Last))?;
+        runner.logits()
+    };
+    let mut texts = Vec::new();
+    for at in 0..6 {
+        texts.push((step(&mut runner, at)?, step(&mut other, at)?));
+    }
+    check(texts.iter().all(|(a, b)| a != b), "two models give the same logits")?;
+    // Larger workspaces, and steps that fill them.
+    let wide = Limits { slots: 64, context: 64, tokens: 512, outputs: 64 };
+    let mut wide = ModelRunner::new(first.clone(), wide)?;
+    for at in 6..12 {
+        wide.reset(0)?;
+        wide.step(&Batch::single(0, 0, &text(at as u64, 60, 1000), Outputs::Last))?;
+        texts.push((step(&mut runner, at)?, step(&mut other, at)?));
+    }
+    for (at, (of_first, _)) in texts.iter().enumerate() {
+        check(step(&mut expected, at)? == *of_first, format!("step {at} differs"))?;
+    }
+    // The scratch and the weights of others with one state.
+    let (b, config) = (&*backend, first.config());
+    let mut state = b.new_state(config, &limits)?;
+    let mut scratches = [Scratch::new(b, config, &limits)?, Scratch::new(b, config, &limits)?];
+    for at in 0..24 {
+        let weights = if at % 3 == 0 { second.weights() } else { first.weights() };
+        let scratch = &mut scratches[at % 2];
+        b.reset_slot(&mut state, 0)?;
+        b.stage(&mut state, &Batch::single(0, 0, &[9], Outputs::Last))?;
+        let mut logits = Vec::new();
+        for is_composed in [false, true] {
+            b.reset_slot(&mut state, 0)?;
+            match is_composed {
+                true => compose::forward(b, config, weights, scratch, &mut state)?,
+                false => b.forward(config, weights, scratch, &mut state)?,
+            }
+            logits.push(b.read(Cols { tensor: &scratch.logits, cols: 0..config.vocab_size })?);
+        }
+        check(logits[0] == logits[1], format!("step {at} of others differs"))?;
+    }
+    Ok(())
+}
