@@ -124,6 +124,11 @@ __device__ __forceinline__ void let_next_begin() {
 #endif
 }
 
+// Brings what is at an address to the L2 cache.
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
 // The last of `count` entries whose first segment is not after `segment`.
 __device__ __forceinline__ u32 run_of_segment(const Run* runs, u32 count, u32 segment) {
     u32 low = 0, high = count;

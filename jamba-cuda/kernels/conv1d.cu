@@ -1,9 +1,12 @@
 // y[t, i] = silu(bias[i] + sum_j w[i, j] x[t - D_CONV + 1 + j, i]), causal and depthwise, each
 // run continuing from its state, which then holds the latest D_CONV - 1 inputs.
 //
+// causal_conv1d       runs of any length
+// causal_conv1d_step  one token in each run
+//
 // Layout: x (tokens, ldx) f32 of which d_inner columns are used; weight (d_inner, D_CONV),
 // oldest tap first; state (slots, d_inner, D_CONV - 1), oldest first; y (tokens, d_inner).
-// Threads: a thread per channel and segment of a run; blocks of 128 channels. The inputs before
+// Threads: a thread per channel and segment of a run, or token; blocks of 128 channels. The inputs before
 // a segment are read from x, those before a run from the state; only the thread of the first
 // segment of a run reads the state, and it writes the new one afterwards.
 // Constraints: 1 <= D_CONV <= SEGMENT + 1.
@@ -67,4 +70,28 @@ extern "C" __global__ void __launch_bounds__(128) causal_conv1d(const ConvArgs a
     for (int j = 0; j < PAST; ++j) {
         state[j] = run.len <= SEGMENT ? window[j + 1] : x[(u64)(run.len - PAST + j) * a.ldx];
     }
+}
+
+extern "C" __global__ void __launch_bounds__(128) causal_conv1d_step(const ConvArgs a) {
+    let_next_begin();
+    const u32 t = blockIdx.x, i = blockIdx.y * 128 + threadIdx.x;
+    const bool active = i < a.d_inner;
+    float* state = a.state + ((u64)a.runs[t].slot * a.d_inner + i) * PAST;
+    float w[D_CONV], window[D_CONV];
+    if (active) {
+#pragma unroll
+        for (int j = 0; j < D_CONV; ++j) w[j] = a.weight[(u64)i * D_CONV + j];
+        if (PAST > 0) prefetch_l2(state);
+    }
+    float sum = active && a.bias ? a.bias[i] : 0.0f;
+    await_inputs();
+    if (!active) return;
+#pragma unroll
+    for (int j = 0; j < PAST; ++j) window[j] = state[j];
+    window[PAST] = a.x[(u64)t * a.ldx + i];
+#pragma unroll
+    for (int j = 0; j < D_CONV; ++j) sum += w[j] * window[j];
+    a.y[(u64)t * a.d_inner + i] = silu(sum);
+#pragma unroll
+    for (int j = 0; j < PAST; ++j) state[j] = window[j + 1];
 }

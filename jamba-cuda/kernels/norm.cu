@@ -27,6 +27,9 @@ __device__ __forceinline__ float block_sum(float v) {
     return warp_sum(sum);
 }
 
+// Vectors of 4 that a thread keeps between the two passes.
+#define HELD 4
+
 template <bool ADD>
 __device__ __forceinline__ void norm_row(const NormArgs& a) {
     const u64 at = (u64)blockIdx.x * a.cols;
@@ -34,23 +37,36 @@ __device__ __forceinline__ void norm_row(const NormArgs& a) {
     const float* r = ADD ? a.r + at : nullptr;
     float* y = a.y + at;
     float square = 0.0f;
-    if (a.cols % 4 == 0) {
-        for (u32 c = threadIdx.x * 4; c < a.cols; c += blockDim.x * 4) {
-            float4 v = *(float4*)(x + c);
+    if (a.cols % 4 == 0 && a.cols <= 4 * HELD * blockDim.x) {
+        float4 v[HELD], w[HELD];
+#pragma unroll
+        for (u32 k = 0; k < HELD; ++k) {
+            const u32 c = (threadIdx.x + k * blockDim.x) * 4;
+            if (c < a.cols) w[k] = *(const float4*)(a.weight + c);
+        }
+        await_inputs();
+#pragma unroll
+        for (u32 k = 0; k < HELD; ++k) {
+            const u32 c = (threadIdx.x + k * blockDim.x) * 4;
+            if (c >= a.cols) continue;
+            v[k] = *(float4*)(x + c);
             if (ADD) {
-                const float4 w = *(const float4*)(r + c);
-                v.x += w.x, v.y += w.y, v.z += w.z, v.w += w.w;
-                *(float4*)(x + c) = v;
+                const float4 u = *(const float4*)(r + c);
+                v[k].x += u.x, v[k].y += u.y, v[k].z += u.z, v[k].w += u.w;
+                *(float4*)(x + c) = v[k];
             }
-            square += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+            square += v[k].x * v[k].x + v[k].y * v[k].y + v[k].z * v[k].z + v[k].w * v[k].w;
         }
         const float scale = rsqrtf(block_sum(square) / a.cols + a.eps);
-        for (u32 c = threadIdx.x * 4; c < a.cols; c += blockDim.x * 4) {
-            const float4 v = *(float4*)(x + c), w = *(const float4*)(a.weight + c);
-            *(float4*)(y + c) = make_float4(v.x * scale * w.x, v.y * scale * w.y,
-                                            v.z * scale * w.z, v.w * scale * w.w);
+#pragma unroll
+        for (u32 k = 0; k < HELD; ++k) {
+            const u32 c = (threadIdx.x + k * blockDim.x) * 4;
+            if (c >= a.cols) continue;
+            *(float4*)(y + c) = make_float4(v[k].x * scale * w[k].x, v[k].y * scale * w[k].y,
+                                            v[k].z * scale * w[k].z, v[k].w * scale * w[k].w);
         }
     } else {
+        await_inputs();
         for (u32 c = threadIdx.x; c < a.cols; c += blockDim.x) {
             float v = x[c];
             if (ADD) x[c] = v += r[c];
@@ -61,14 +77,12 @@ __device__ __forceinline__ void norm_row(const NormArgs& a) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) rms_norm(const NormArgs a) {
+extern "C" __global__ void __launch_bounds__(1024) rms_norm(const NormArgs a) {
     let_next_begin();
-    await_inputs();
     norm_row<false>(a);
 }
-extern "C" __global__ void __launch_bounds__(256) add_rms_norm(const NormArgs a) {
+extern "C" __global__ void __launch_bounds__(1024) add_rms_norm(const NormArgs a) {
     let_next_begin();
-    await_inputs();
     norm_row<true>(a);
 }
 

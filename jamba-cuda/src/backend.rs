@@ -14,7 +14,7 @@ use jamba_core::{Batch, Config, Param, Result, Sampled, WeightFormat};
 
 use crate::blocks;
 use crate::cache::Cache;
-use crate::device::Device;
+use crate::device::{Device, may_load};
 use crate::error::Error;
 use crate::kernels::Loader;
 use crate::libraries;
@@ -29,6 +29,7 @@ use crate::ops::moe::Experts;
 use crate::ops::norm::Norm;
 use crate::ops::rows::Rows;
 use crate::ops::scan::{self, Scan};
+use crate::ops::scan_step::ScanStep;
 use crate::ops::workspace::Workspaces;
 use crate::options::{CudaOptions, Precision};
 use crate::plan::{self, Plan};
@@ -51,8 +52,9 @@ pub struct CudaBackend {
     experts: Experts,
     rows: Rows,
     greedy: Greedy,
-    /// Kernels for sizes met so far, `[d_conv, d_state, head_dim]`, 0 where there is no such layer.
-    sized: Mutex<Vec<([usize; 3], Kernels)>>,
+    /// Kernels for sizes met so far, `[d_conv, d_state, dt_rank, head_dim]`, 0 where there is no
+    /// such layer.
+    sized: Mutex<Vec<([usize; 4], Kernels)>>,
     workspaces: Mutex<Workspaces>,
 }
 
@@ -149,16 +151,19 @@ impl CudaBackend {
         let sizes = [
             if mamba { config.mamba_d_conv } else { 0 },
             if mamba { config.mamba_d_state } else { 0 },
+            if mamba { config.mamba_dt_rank } else { 0 },
             if attention { config.head_dim } else { 0 },
         ];
         let mut sized = self.sized.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, kernels)) = sized.iter().find(|(s, _)| *s == sizes) {
             return Ok(kernels.clone());
         }
-        let [d_conv, d_state, head_dim] = sizes;
+        let [d_conv, d_state, dt_rank, head_dim] = sizes;
+        let scan_step = || ScanStep::load(&self.loader, d_state, dt_rank);
         let kernels = Kernels {
             conv1d: mamba.then(|| Conv1d::load(&self.loader, d_conv)).transpose()?,
             scan: mamba.then(|| Scan::load(&self.loader, d_state)).transpose()?,
+            scan_step: mamba.then(scan_step).transpose()?,
             attention: attention.then(|| Attention::load(&self.loader, head_dim)).transpose()?,
         };
         sized.push((sizes, kernels.clone()));
@@ -343,6 +348,7 @@ impl Backend for CudaBackend {
     ) -> Result<()> {
         shape::linear(&x, weight, bias, out)?;
         out.resize("linear", x.tensor.rows())?;
+        let _loading = may_load();
         let cast = &mut self.workspaces().cast;
         self.linear.run(&self.device, View::from(&x), weight, bias, cast, out)
     }
@@ -401,18 +407,14 @@ impl Backend for CudaBackend {
         let (batch, ssm) = (&state.batch, state.ssm(layer)?);
         shape::selective_scan(&args, batch.tokens, [ssm.channels, ssm.per_channel], y)?;
         y.resize("selective_scan", batch.tokens)?;
-        let Some(kernels) = &state.kernels.scan else { return Ok(()) };
-        let operands = scan::Operands {
-            x: View::from(&args.x),
-            dt: View::from(&args.dt),
-            a: args.a,
-            b: View::from(&args.b),
-            c: View::from(&args.c),
-            d: args.d,
-            z: View::from(&args.z),
-            dt_bias: args.dt_bias,
-        };
-        kernels.run(&self.device, &operands, batch, ssm, y)
+        let operands = scan::Operands::from(&args);
+        match (&state.kernels.scan, &state.kernels.scan_step) {
+            (_, Some(step)) if batch.is_decode() => {
+                step.scan(&self.device, &operands, batch, ssm, y)
+            }
+            (Some(scan), _) => scan.run(&self.device, &operands, batch, ssm, y),
+            (None, _) => Ok(()),
+        }
     }
 
     fn attention(

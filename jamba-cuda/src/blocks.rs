@@ -8,8 +8,10 @@ use jamba_core::weights::{Mamba, Mlp};
 use jamba_core::{Config, Result};
 
 use crate::backend::CudaBackend;
+use crate::device::may_load;
+use crate::ops::scan;
 use crate::state::State;
-use crate::tensor::Tensor;
+use crate::tensor::{Tensor, View};
 use crate::weight::Weight;
 
 /// `hidden += block_out; normed = rms_norm(hidden)` in one kernel.
@@ -36,12 +38,14 @@ pub(crate) fn mlp(b: &CudaBackend, w: &Mlp<Weight>, s: &mut Scratch<Tensor>) -> 
     s.act.resize("mlp", s.gate_up.rows())?;
     shape::linear(&all(b, &s.act), &w.down_proj, None, &s.block_out)?;
     s.block_out.resize("mlp", s.gate_up.rows())?;
+    let _loading = may_load();
     let cast = &mut b.workspaces().cast;
     let act = b.elementwise.silu_mul_bf16(&b.device, &s.gate_up, cast)?;
     b.linear.product(&b.device, act, &w.down_proj, None, &mut s.block_out)
 }
 
-/// The mixer with the norms of dt, B and C in one kernel.
+/// The mixer with the norms of dt, B and C in one kernel, and of single tokens all between x_proj
+/// and out_proj.
 pub(crate) fn mamba_mixer(
     b: &CudaBackend,
     config: &Config,
@@ -64,6 +68,9 @@ pub(crate) fn mamba_mixer(
     b.causal_conv1d(conv, layer, state, &mut s.conv_out)?;
 
     b.linear(all(b, &s.conv_out), &w.x_proj, None, &mut s.x_dbl)?;
+    if state.batch.is_decode() && dt_scan(b, config, w, layer, s, state)? {
+        return b.linear(all(b, &s.y), &w.out_proj, w.out_proj_bias.as_ref(), &mut s.block_out);
+    }
     let weights = [&w.dt_layernorm, &w.b_layernorm, &w.c_layernorm];
     b.norm.dt_b_c_norm(&b.device, &mut s.x_dbl, weights, config.rms_norm_eps)?;
     b.linear(Cols { tensor: &s.x_dbl, cols: 0..dt_rank }, &w.dt_proj, None, &mut s.dt)?;
@@ -80,4 +87,46 @@ pub(crate) fn mamba_mixer(
     };
     b.selective_scan(scan, layer, state, &mut s.y)?;
     b.linear(all(b, &s.y), &w.out_proj, w.out_proj_bias.as_ref(), &mut s.block_out)
+}
+
+/// Of one token in each run: the norms of dt, B and C, dt_proj and the scan in one kernel,
+/// `x_dbl -> y`. Says whether there is one for these sizes.
+fn dt_scan(
+    b: &CudaBackend,
+    config: &Config,
+    w: &Mamba<Weight>,
+    layer: usize,
+    s: &mut Scratch<Tensor>,
+    state: &State,
+) -> Result<bool> {
+    let Some(kernels) = state.kernels.scan_step.as_ref().filter(|k| k.has_dt_proj()) else {
+        return Ok(false);
+    };
+    let (d_inner, d_state, dt_rank) =
+        (config.d_inner(), config.mamba_d_state, config.mamba_dt_rank);
+    let (b_at, c_at) = (dt_rank, dt_rank + d_state);
+    let (dt_cols, b_cols, c_cols) = (0..b_at, b_at..c_at, c_at..c_at + d_state);
+    let norms = [&w.dt_layernorm, &w.b_layernorm, &w.c_layernorm];
+    for (weight, cols) in norms.into_iter().zip([&dt_cols, &b_cols, &c_cols]) {
+        shape::rms_norm_cols(&s.x_dbl, cols, weight)?;
+    }
+    let dt = Cols { tensor: &s.x_dbl, cols: dt_cols };
+    shape::linear(&dt, &w.dt_proj, None, &s.dt)?;
+    let args = SelectiveScan {
+        x: all(b, &s.conv_out),
+        // In the place of what dt_proj would give.
+        dt: all(b, &s.conv_out),
+        a: &w.a,
+        b: Cols { tensor: &s.x_dbl, cols: b_cols },
+        c: Cols { tensor: &s.x_dbl, cols: c_cols },
+        d: &w.d,
+        z: Cols { tensor: &s.xz, cols: d_inner..2 * d_inner },
+        dt_bias: &w.dt_bias,
+    };
+    let (batch, ssm) = (&state.batch, state.ssm(layer)?);
+    shape::selective_scan(&args, batch.tokens, [ssm.channels, ssm.per_channel], &s.y)?;
+    let operands = scan::Operands { dt: View::from(&dt), ..scan::Operands::from(&args) };
+    s.y.resize("dt_scan", batch.tokens)?;
+    kernels.dt_scan(&b.device, &operands, (w, config.rms_norm_eps), batch, ssm, &mut s.y)?;
+    Ok(true)
 }

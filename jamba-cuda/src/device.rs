@@ -5,7 +5,7 @@ use std::cell::Cell;
 use std::ffi::c_void;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute, CUresult};
 use cudarc::driver::{
@@ -241,6 +241,7 @@ impl Device {
 
     /// Loads the machine code of a module.
     pub(crate) fn load(&self, cubin: Vec<u8>) -> Result<Arc<CudaModule>> {
+        let _loading = may_load();
         self.ctx.load_module(Ptx::from_binary(cubin)).map_err(driver_error("loading a module"))
     }
 
@@ -296,6 +297,7 @@ impl Device {
         &self,
         work: impl FnOnce() -> std::result::Result<(), E>,
     ) -> std::result::Result<Graph, E> {
+        let _nothing_is_loaded = LOADING.write().unwrap_or_else(PoisonError::into_inner);
         let stream = self.capturing.lock().unwrap_or_else(PoisonError::into_inner);
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         stream.begin_capture(mode).map_err(driver_error("beginning a graph"))?;
@@ -320,6 +322,17 @@ impl Device {
             unsafe { result::graph::launch(graph.0.cu_graph_exec(), self.stream.cu_stream()) };
         launched.map_err(driver_error("launching a graph"))
     }
+}
+
+/// The driver loads code when it is first needed, that of cuBLASLt too, and may wait for the whole
+/// context to do so, which fails while any thread captures.
+static LOADING: RwLock<()> = RwLock::new(());
+
+/// To be held by whoever may make the driver load code, and taken before any other lock.
+pub(crate) fn may_load() -> Option<RwLockReadGuard<'static, ()>> {
+    // A capture has it to itself.
+    let is_captured = CAPTURED_TO.get().is_some();
+    (!is_captured).then(|| LOADING.read().unwrap_or_else(PoisonError::into_inner))
 }
 
 thread_local! {

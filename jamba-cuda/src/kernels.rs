@@ -51,15 +51,20 @@ impl Unit {
 }
 
 /// The sources that a model of `config` needs, in its sizes.
-fn units(config: &Config) -> Result<Vec<Unit>> {
+fn units(config: &Config, precision: Precision) -> Result<Vec<Unit>> {
     let schedule = Schedule::new(config);
     let mut units = ops::units();
     if schedule.mamba_layers() > 0 {
         units.push(ops::conv1d::unit(config.mamba_d_conv)?);
-        units.push(ops::scan::unit(config.mamba_d_state)?);
+        let d_state = config.mamba_d_state;
+        units.push(ops::scan::unit(d_state)?);
+        units.push(ops::scan_step::unit(d_state, config.mamba_dt_rank, precision)?);
     }
     if schedule.attention_layers() > 0 {
         units.push(ops::attention::unit(config.head_dim)?);
+        if ops::attention_step::fits(config.head_dim, precision) {
+            units.push(ops::attention_step::unit(config.head_dim));
+        }
     }
     Ok(units)
 }
@@ -90,7 +95,7 @@ pub fn compile(
         let name = format!("{}{}", unit.stem, sizes.collect::<String>());
         Ok(Compiled { name, bytes: unit.compile(arch, precision, &cache)?.len() })
     };
-    units(config)?.into_iter().map(compile).collect()
+    units(config, precision)?.into_iter().map(compile).collect()
 }
 
 /// Compiles for one card and loads into it.

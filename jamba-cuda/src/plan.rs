@@ -7,7 +7,7 @@ use jamba_core::weights::Weights;
 use jamba_core::{Config, Dtype, Layout, Limits, WeightFormat, memory};
 
 use crate::error::{Error, Result};
-use crate::ops::{attention, cublas, greedy, moe};
+use crate::ops::{attention_step, cublas, greedy, moe};
 use crate::options::Precision;
 use crate::state;
 use crate::weight;
@@ -139,14 +139,14 @@ pub(crate) fn workspaces(config: &Config, limits: &Limits, precision: Precision)
         Precision::Bf16 => tokens.saturating_mul(2 * operand.next_multiple_of(8)),
         Precision::F32 => 0,
     };
-    let parts = if schedule.attention_layers() > 0 { attention::PARTS_BYTES } else { 0 };
+    let parts = if schedule.attention_layers() > 0 { attention_step::PARTS_BYTES } else { 0 };
     let routing = (config.num_experts, config.num_experts_per_tok);
     let [routes, act, expert_out] = if schedule.moe_layers() > 0 {
         moe::workspace_bytes(tokens, routing, (hidden, inter), precision)
     } else {
         [0; 3]
     };
-    let chosen = greedy::workspace_bytes(limits.outputs);
+    let chosen = greedy::workspace_bytes(limits.outputs, config.vocab_size);
     [cast, parts, routes, act, expert_out, chosen, cublas::WORKSPACE_BYTES]
 }
 

@@ -11,6 +11,7 @@ use crate::error::Result;
 use crate::ops::attention::Attention;
 use crate::ops::conv1d::Conv1d;
 use crate::ops::scan::Scan;
+use crate::ops::scan_step::ScanStep;
 use crate::options::Precision;
 use crate::step::Graphs;
 
@@ -34,6 +35,7 @@ pub struct State {
 pub(crate) struct Kernels {
     pub(crate) conv1d: Option<Conv1d>,
     pub(crate) scan: Option<Scan>,
+    pub(crate) scan_step: Option<ScanStep>,
     pub(crate) attention: Option<Attention>,
 }
 

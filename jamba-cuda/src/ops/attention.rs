@@ -3,6 +3,7 @@
 
 use jamba_core::Result;
 
+use super::attention_step::{self, AttentionStep, PARTS_BYTES};
 use super::workspace::Workspace;
 use crate::device::{Device, Grid, Kernel};
 use crate::error::Error;
@@ -19,8 +20,6 @@ const TILE_MIN: usize = 16;
 /// Parts that the keys are cut into at most: threads of attention_merge. And keys of each at least.
 const SPLITS: usize = 128;
 const SPLIT_KEYS: usize = 64;
-/// Bytes of the results for parts at most: beyond it there are queries enough to fill the card.
-pub(crate) const PARTS_BYTES: usize = 64 << 20;
 
 /// The source for heads of this size.
 pub(crate) fn unit(head_dim: usize) -> crate::Result<Unit> {
@@ -60,6 +59,8 @@ pub(crate) struct Attention {
     merge: Kernel,
     /// For bf16 and the sizes that fit `mma`.
     tiles: Option<Kernel>,
+    /// For single tokens, where it has kernels.
+    step: Option<AttentionStep>,
     head_dim: usize,
     shared: usize,
 }
@@ -71,11 +72,14 @@ impl Attention {
         let shared = 4 * (ROWS * width + KEYS * (width + 4) + KEYS * width);
         let tiles =
             loader.precision == Precision::Bf16 && head_dim.is_multiple_of(16) && head_dim <= 128;
+        let step = attention_step::fits(head_dim, loader.precision)
+            .then(|| AttentionStep::load(loader, head_dim));
         Ok(Self {
             append_kv: module.overlapping("append_kv")?,
             rows: module.overlapping_with_shared("attention_rows", shared)?,
             merge: module.overlapping("attention_merge")?,
             tiles: tiles.then(|| module.kernel("attention_tiles")).transpose()?,
+            step: step.transpose()?,
             head_dim,
             shared,
         })
@@ -131,6 +135,11 @@ impl Attention {
         // SAFETY: qkv has a row for every staged token and the columns of all heads; staging saw
         // to it that every slot and position is within the cache.
         unsafe { device.launch(&self.append_kv, &per_token, &args) }?;
+        if let Some(step) = &self.step
+            && batch.is_decode()
+        {
+            return step.run(device, qkv, batch, cache, parts, out);
+        }
         if batch.shortest < tile_min {
             let blocks = [batch.segments * tiles, kv_heads, splits];
             let grid = Grid::new("attention_rows", blocks, 128, self.shared)?;

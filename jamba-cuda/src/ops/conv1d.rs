@@ -37,12 +37,17 @@ struct ConvArgs {
 /// Kernels of `conv1d.cu` for one number of taps.
 #[derive(Clone)]
 pub(crate) struct Conv1d {
-    causal_conv1d: Kernel,
+    any: Kernel,
+    step: Kernel,
 }
 
 impl Conv1d {
     pub(crate) fn load(loader: &Loader, d_conv: usize) -> crate::Result<Self> {
-        Ok(Self { causal_conv1d: loader.module(&unit(d_conv)?)?.overlapping("causal_conv1d")? })
+        let module = loader.module(&unit(d_conv)?)?;
+        Ok(Self {
+            any: module.overlapping("causal_conv1d")?,
+            step: module.overlapping("causal_conv1d_step")?,
+        })
     }
 
     /// Convolution and SiLU of the staged tokens, continuing from and updating `state`.
@@ -55,7 +60,11 @@ impl Conv1d {
         state: &Channels,
         y: &mut Tensor,
     ) -> Result<()> {
-        let blocks = [batch.segments, state.channels.div_ceil(128), 1];
+        let channels = state.channels.div_ceil(128);
+        let (kernel, blocks) = match batch.is_decode() {
+            true => (&self.step, [batch.tokens, channels, 1]),
+            false => (&self.any, [batch.segments, channels, 1]),
+        };
         let grid = Grid::new("causal_conv1d", blocks, 128, 0)?;
         let args = ConvArgs {
             x: x.ptr,
@@ -71,7 +80,7 @@ impl Conv1d {
         // SAFETY: x and y have a row for every staged token and d_inner columns, weight and bias
         // as many rows; staging saw to it that every slot is one of the state. No two blocks of
         // the launch use the state of one channel and slot.
-        unsafe { device.launch(&self.causal_conv1d, &grid, &args) }?;
+        unsafe { device.launch(kernel, &grid, &args) }?;
         Ok(())
     }
 }

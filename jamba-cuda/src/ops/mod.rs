@@ -6,6 +6,7 @@
 //! kernel is made for, alignment, and that the grid exists.
 
 pub(crate) mod attention;
+pub(crate) mod attention_step;
 pub(crate) mod conv1d;
 pub(crate) mod cublas;
 pub(crate) mod elementwise;
@@ -16,6 +17,7 @@ pub(crate) mod moe;
 pub(crate) mod norm;
 pub(crate) mod rows;
 pub(crate) mod scan;
+pub(crate) mod scan_step;
 pub(crate) mod workspace;
 
 use crate::kernels::Unit;

@@ -38,6 +38,11 @@ struct NormColsArgs {
     eps: f32,
 }
 
+/// Threads for a row, which a block does: one for 4 elements, where CUDA allows as many.
+fn row_threads(cols: usize) -> usize {
+    cols.div_ceil(4).next_multiple_of(32).clamp(32, 1024)
+}
+
 /// Kernels of `norm.cu`.
 pub(crate) struct Norm {
     rms_norm: Kernel,
@@ -66,7 +71,7 @@ impl Norm {
         eps: f32,
         out: &mut Tensor,
     ) -> Result<()> {
-        let grid = Grid::new("rms_norm", [x.rows(), 1, 1], 256, 0)?;
+        let grid = Grid::new("rms_norm", [x.rows(), 1, 1], row_threads(x.cols()), 0)?;
         let (cols, weight) = (x.cols() as u32, weight.vector()?);
         let args = NormArgs { x: x.ptr(), r: 0, weight, y: out.ptr(), cols, eps };
         // SAFETY: x and out have the same shape, the weight as many elements as they columns; the
@@ -85,7 +90,7 @@ impl Norm {
         eps: f32,
         out: &mut Tensor,
     ) -> Result<()> {
-        let grid = Grid::new("add_rms_norm", [x.rows(), 1, 1], 256, 0)?;
+        let grid = Grid::new("add_rms_norm", [x.rows(), 1, 1], row_threads(x.cols()), 0)?;
         let (cols, weight) = (x.cols() as u32, weight.vector()?);
         let args = NormArgs { x: x.ptr(), r: r.ptr(), weight, y: out.ptr(), cols, eps };
         // SAFETY: x, r and out have the same shape, the weight as many elements as they columns.

@@ -1,7 +1,7 @@
 //! Launches `kernels/scan.cu`.
 #![allow(unsafe_code, reason = "launches kernels")]
 
-use jamba_core::Result;
+use jamba_core::{Result, SelectiveScan};
 
 use crate::device::{Device, Grid, Kernel};
 use crate::error::Error;
@@ -23,15 +23,7 @@ struct Shape {
 
 impl Shape {
     fn new(d_state: usize) -> crate::Result<Self> {
-        if !(1..=256).contains(&d_state) {
-            let allowed = "the kernel is made for 1 to 256";
-            return Err(Error::Size {
-                op: "selective_scan",
-                what: "d_state",
-                got: d_state,
-                allowed,
-            });
-        }
+        check_d_state(d_state)?;
         let log_lanes = d_state.div_ceil(2).next_power_of_two().ilog2().min(5);
         Ok(Self { log_lanes, states: d_state.div_ceil(1 << log_lanes) })
     }
@@ -51,12 +43,22 @@ impl Shape {
     }
 }
 
+pub(super) fn check_d_state(d_state: usize) -> crate::Result<()> {
+    if (1..=256).contains(&d_state) {
+        return Ok(());
+    }
+    let allowed = "the kernel is made for 1 to 256";
+    Err(Error::Size { op: "selective_scan", what: "d_state", got: d_state, allowed })
+}
+
 /// The source for a state of this size.
 pub(crate) fn unit(d_state: usize) -> crate::Result<Unit> {
     let shape = Shape::new(d_state)?;
     let log_lanes = shape.log_lanes as usize;
     let defines = vec![("D_STATE", d_state), ("LOG_LANES", log_lanes), ("STATES", shape.states)];
-    Ok(Unit { stem: "scan", source: include_str!("../../kernels/scan.cu"), defines })
+    let source =
+        concat!(include_str!("../../kernels/scan.cuh"), include_str!("../../kernels/scan.cu"));
+    Ok(Unit { stem: "scan", source, defines })
 }
 
 #[repr(C)]
@@ -92,6 +94,21 @@ pub(crate) struct Operands<'a> {
     pub(crate) d: &'a Weight,
     pub(crate) z: View,
     pub(crate) dt_bias: &'a Weight,
+}
+
+impl<'a> From<&SelectiveScan<'a, Tensor, Weight>> for Operands<'a> {
+    fn from(args: &SelectiveScan<'a, Tensor, Weight>) -> Self {
+        Self {
+            x: View::from(&args.x),
+            dt: View::from(&args.dt),
+            a: args.a,
+            b: View::from(&args.b),
+            c: View::from(&args.c),
+            d: args.d,
+            z: View::from(&args.z),
+            dt_bias: args.dt_bias,
+        }
+    }
 }
 
 /// Kernels of `scan.cu` for one size of the state.
