@@ -11,7 +11,10 @@
 // D_STATE) f32; y (tokens, d_inner).
 // Threads: LANES threads per channel, each with STATES consecutive elements of h; CHANNELS channels
 // and up to GROUP tokens per block. The rows of A and W stay in registers for all tokens, a state is
-// read and written once. The vectors that all channels share are in shared memory.
+// read and written once. The vectors that all channels share are in shared memory. In bf16, and with
+// 4 lanes, 8 tokens are what a tensor core multiplies at once: a warp has 8 channels, its W is the
+// left operand as it was loaded (both operands take the sum in the same other order), and the
+// normed dt is rounded to bf16.
 // Constraints: LANES STATES >= D_STATE. DT_RANK is 0 where dt_proj is not made for (scan_step.rs).
 
 #define THREADS 128
@@ -31,6 +34,10 @@ struct StepArgs {
     u32 ldx, ldz, lddt, ldb, ldc, ldw;
     float eps;
 };
+
+__device__ __forceinline__ u64 state_at(const StepArgs& a, u32 slot, u32 channel, u32 lane) {
+    return ((u64)slot * a.d_inner + channel) * D_STATE + lane * STATES;
+}
 
 // STATES values; zeros beyond D_STATE and where `valid` is false.
 __device__ __forceinline__ void load_states(float (&to)[STATES], const float* from, u32 lane,
@@ -71,8 +78,8 @@ __device__ __forceinline__ float lanes_sum(float v) {
 }
 
 // n values of a row to shared memory, by a warp; zeros up to `padded`.
-template <bool NORM>
-__device__ __forceinline__ void take(float* to, const float* row, const float* weight, u32 n,
+template <bool NORM, typename T>
+__device__ __forceinline__ void take(T* to, const float* row, const float* weight, u32 n,
                                      u32 padded, float eps) {
     const u32 lane = threadIdx.x % 32;
     float scale = 1.0f;
@@ -82,7 +89,7 @@ __device__ __forceinline__ void take(float* to, const float* row, const float* w
         scale = rsqrtf(warp_sum(square) / n + eps);
     }
     for (u32 i = lane; i < padded; i += 32) {
-        to[i] = i < n ? (NORM ? row[i] * scale * weight[i] : row[i]) : 0.0f;
+        narrow(i < n ? (NORM ? row[i] * scale * weight[i] : row[i]) : 0.0f, to[i]);
     }
 }
 
@@ -94,10 +101,15 @@ __device__ __forceinline__ void take(float* to, const float* row, const float* w
 #define CHUNKS 1
 #define DT_PADDED 4
 #endif
+#define HAS_TENSOR (BF16 && LANES == 4)
+// Of rounded rows: two of them lie 64 bytes apart in the banks.
+#define DT_PITCH (DT_PADDED + (CHUNKS % 2 == 0 ? 32 : 0))
 
 template <int GROUP, bool DT_PROJ>
 __device__ __forceinline__ void scan_step(const StepArgs& a) {
-    __shared__ __align__(16) float dt[DT_PROJ ? GROUP : 1][DT_PADDED];
+    constexpr bool TENSOR = HAS_TENSOR && DT_PROJ && GROUP == 8;
+    __shared__ __align__(16) float dt[DT_PROJ && !TENSOR ? GROUP : 1][DT_PADDED];
+    __shared__ __align__(16) bf16 rounded[TENSOR ? GROUP : 1][DT_PITCH];
     __shared__ __align__(16) float b[GROUP][PADDED], c[GROUP][PADDED];
     const u32 own = threadIdx.x / LANES, lane = threadIdx.x % LANES, warp = threadIdx.x / 32;
     const u32 i = blockIdx.x * CHANNELS + own, first = blockIdx.y * GROUP;
@@ -120,12 +132,11 @@ __device__ __forceinline__ void scan_step(const StepArgs& a) {
             w[k] = valid ? load_streaming(a.dt_proj + (u64)i * a.ldw + at) : make_uint4(0, 0, 0, 0);
         }
     }
-    u64 at[GROUP];
+    u32 slot[GROUP];
 #pragma unroll
     for (int t = 0; t < GROUP; ++t) {
-        const u32 slot = a.runs[first + min((u32)t, count - 1)].slot;
-        at[t] = ((u64)slot * a.d_inner + i) * D_STATE + lane * STATES;
-        if (active && (u32)t < count) prefetch_l2(a.state + at[t]);
+        slot[t] = a.runs[first + min((u32)t, count - 1)].slot;
+        if (active && (u32)t < count) prefetch_l2(a.state + state_at(a, slot[t], i, lane));
     }
     await_inputs();
 
@@ -134,7 +145,7 @@ __device__ __forceinline__ void scan_step(const StepArgs& a) {
     for (int t = 0; t < GROUP; ++t) {
         const bool valid = active && (u32)t < count;
         const u64 row = first + t;
-        load_states(h[t], a.state + at[t], lane, valid);
+        load_states(h[t], a.state + state_at(a, slot[t], i, lane), lane, valid);
         x[t] = valid ? a.x[row * a.ldx + i] : 0.0f;
         z[t] = valid ? a.z[row * a.ldz + i] : 0.0f;
         raw[t] = !DT_PROJ && valid ? a.dt[row * a.lddt + i] : 0.0f;
@@ -147,16 +158,39 @@ __device__ __forceinline__ void scan_step(const StepArgs& a) {
             case 0: take<DT_PROJ>(b[t], a.b + row * a.ldb, a.norms[1], D_STATE, PADDED, a.eps); break;
             case 1: take<DT_PROJ>(c[t], a.c + row * a.ldc, a.norms[2], D_STATE, PADDED, a.eps); break;
             case 2:
-                take<true>(dt[DT_PROJ ? t : 0], a.dt + row * a.lddt, a.norms[0], DT_RANK, DT_PADDED,
-                           a.eps);
+                if constexpr (TENSOR) {
+                    take<true>(rounded[t], a.dt + row * a.lddt, a.norms[0], DT_RANK, DT_PADDED, a.eps);
+                } else if constexpr (DT_PROJ) {
+                    take<true>(dt[t], a.dt + row * a.lddt, a.norms[0], DT_RANK, DT_PADDED, a.eps);
+                }
+        }
+    }
+    if constexpr (TENSOR) {
+        // Rows without a token, whose products nobody reads, but which are to be numbers.
+        for (u32 k = threadIdx.x + count * DT_PITCH; k < GROUP * DT_PITCH; k += THREADS) {
+            rounded[0][k] = 0;
         }
     }
     __syncthreads();
+    if constexpr (TENSOR) {
+        float product[4] = {};  // of this channel, tokens 2 lane and 2 lane + 1; of none
+#pragma unroll
+        for (int k = 0; k < CHUNKS; ++k) {
+            const u32 row = threadIdx.x % 32 / 4;
+            const uint4 v = *(const uint4*)&rounded[row][(k * LANES + lane) * WEIGHT_VECTOR];
+            mma_bf16(product, {w[k].x, 0, w[k].y, 0}, v.x, v.y);
+            mma_bf16(product, {w[k].z, 0, w[k].w, 0}, v.z, v.w);
+        }
+#pragma unroll
+        for (int t = 0; t < GROUP; ++t) {
+            raw[t] = __shfl_sync(FULL, product[t % 2], threadIdx.x % 32 / 4 * 4 + t / 2);
+        }
+    }
 
 #pragma unroll
     for (int t = 0; t < GROUP; ++t) {
         if ((u32)t >= count) break;
-        if constexpr (DT_PROJ) {
+        if constexpr (DT_PROJ && !TENSOR) {
             float sum = 0.0f;
 #pragma unroll
             for (int k = 0; k < CHUNKS; ++k) {
@@ -180,7 +214,7 @@ __device__ __forceinline__ void scan_step(const StepArgs& a) {
         }
         sum = lanes_sum(sum);
         if (!active) continue;
-        store_states(a.state + at[t], h[t], lane);
+        store_states(a.state + state_at(a, slot[t], i, lane), h[t], lane);
         if (lane == 0) a.y[(u64)(first + t) * a.d_inner + i] = (sum + skip * x[t]) * gate(z[t]);
     }
 }
@@ -195,7 +229,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) selective_scan_step_4(cons
 extern "C" __global__ void __launch_bounds__(THREADS) dt_scan_step_1(const StepArgs a) {
     scan_step<1, true>(a);
 }
+#if HAS_TENSOR
+extern "C" __global__ void __launch_bounds__(THREADS) dt_scan_step_8(const StepArgs a) {
+    scan_step<8, true>(a);
+}
+#else
 extern "C" __global__ void __launch_bounds__(THREADS) dt_scan_step_4(const StepArgs a) {
     scan_step<4, true>(a);
 }
+#endif
 #endif

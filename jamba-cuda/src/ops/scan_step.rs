@@ -14,10 +14,11 @@ use crate::weight::Weight;
 
 /// Threads of a block: `THREADS` of scan_step.cu.
 const THREADS: usize = 128;
-/// Tokens of a block where there are many.
+/// Tokens of a block where there are many: on tensor cores, and else.
+const TENSOR_GROUP: usize = 8;
 const GROUP: usize = 4;
 /// Up to so many tokens each has blocks of its own.
-const FEW_TOKENS: usize = 8;
+const FEW_TOKENS: usize = 4;
 /// Registers for a row of dt_proj at most, and bytes of shared memory for the vectors of a group.
 const ROW_REGISTERS: usize = 64;
 const SHARED: usize = 40 << 10;
@@ -89,12 +90,19 @@ struct StepArgs {
     eps: f32,
 }
 
-/// Kernels of `scan_step.cu` for one size of the state and one rank of dt: for few tokens, and for
-/// more.
+/// A kernel for few tokens, and one for more, of which a block does a group.
+#[derive(Clone)]
+struct Both {
+    few: Kernel,
+    many: Kernel,
+    group: usize,
+}
+
+/// Kernels of `scan_step.cu` for one size of the state and one rank of dt.
 #[derive(Clone)]
 pub(crate) struct ScanStep {
-    scan: [Kernel; 2],
-    dt_scan: Option<[Kernel; 2]>,
+    scan: Both,
+    dt_scan: Option<Both>,
     shape: Shape,
 }
 
@@ -102,12 +110,17 @@ impl ScanStep {
     pub(crate) fn load(loader: &Loader, d_state: usize, dt_rank: usize) -> crate::Result<Self> {
         let shape = Shape::new(d_state, dt_rank, loader.precision)?;
         let module = loader.module(&unit(d_state, dt_rank, loader.precision)?)?;
-        let both = |few, many| -> crate::Result<[Kernel; 2]> {
-            Ok([module.overlapping(few)?, module.overlapping(many)?])
+        let both = |few, many, group| -> crate::Result<Both> {
+            Ok(Both { few: module.overlapping(few)?, many: module.overlapping(many)?, group })
         };
-        let dt_scan = (shape.dt_rank > 0).then(|| both("dt_scan_step_1", "dt_scan_step_4"));
+        // `HAS_TENSOR` of scan_step.cu.
+        let (many, group) = match (loader.precision, shape.lanes) {
+            (Precision::Bf16, 4) => ("dt_scan_step_8", TENSOR_GROUP),
+            _ => ("dt_scan_step_4", GROUP),
+        };
+        let dt_scan = (shape.dt_rank > 0).then(|| both("dt_scan_step_1", many, group));
         Ok(Self {
-            scan: both("selective_scan_step_1", "selective_scan_step_4")?,
+            scan: both("selective_scan_step_1", "selective_scan_step_4", GROUP)?,
             dt_scan: dt_scan.transpose()?,
             shape,
         })
@@ -188,10 +201,10 @@ impl ScanStep {
         })
     }
 
-    fn launch(&self, device: &Device, kernels: &[Kernel; 2], args: &StepArgs) -> Result<()> {
+    fn launch(&self, device: &Device, kernels: &Both, args: &StepArgs) -> Result<()> {
         let tokens = args.count as usize;
-        let [few, many] = kernels;
-        let (kernel, group) = if tokens <= FEW_TOKENS { (few, 1) } else { (many, GROUP) };
+        let Both { few, many, group } = kernels;
+        let (kernel, group) = if tokens <= FEW_TOKENS { (few, 1) } else { (many, *group) };
         let channels = (args.d_inner as usize).div_ceil(THREADS / self.shape.lanes);
         let grid = Grid::new("scan_step", [channels, tokens.div_ceil(group), 1], THREADS, 0)?;
         // SAFETY: all operands have a row for every staged token and the columns that the state's

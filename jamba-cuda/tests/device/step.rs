@@ -5,7 +5,7 @@ use jamba_core::{Batch, Cols, Config, Limits, Model, ModelRunner, Outputs, Runne
 use jamba_cuda::{CudaBackend, Precision, State, Tensor};
 use libtest_mimic::{Failed, Trial};
 
-use crate::support::{check, guarded, random, small, text};
+use crate::support::{check, close, guarded, law, random, small, text};
 
 pub(crate) fn trials(precision: Precision) -> Vec<Trial> {
     let trial = |name, run: fn(CudaBackend) -> Result<(), Failed>| {
@@ -15,6 +15,7 @@ pub(crate) fn trials(precision: Precision) -> Vec<Trial> {
         trial("graph_equals_eager", graph_equals_eager),
         trial("many_graphs", many_graphs),
         trial("other_memory", other_memory),
+        trial("decode_as_prompt", decode_as_prompt),
     ]
 }
 
@@ -95,6 +96,52 @@ fn graph_equals_eager(backend: CudaBackend) -> Result<(), Failed> {
             let expected = eager.step(&model, &batch, true)?;
             check(got.len() == slots.len() * vocab_size, "other rows of logits")?;
             check(got == expected, format!("round {round}, step {at} differs"))?;
+        }
+    }
+    Ok(())
+}
+
+/// What a sequence's next token gives in a decode step, beside others of all lengths, is what it
+/// gives as the last of a prompt, whose kernels are other ones.
+fn decode_as_prompt(backend: CudaBackend) -> Result<(), Failed> {
+    let backend = std::sync::Arc::new(backend);
+    let precision = backend.precision();
+    let small = every_kind();
+    // 20 query heads to a key head, as in the 3B; and a state that fits no vector.
+    let mut wide = every_kind();
+    [wide.num_attention_heads, wide.num_key_value_heads, wide.head_dim] = [20, 1, 128];
+    let mut odd = every_kind();
+    [odd.num_attention_heads, odd.num_key_value_heads, odd.head_dim] = [6, 2, 24];
+    (odd.mamba_d_state, odd.mamba_dt_rank, odd.mamba_d_conv) = (6, 5, 3);
+    let lengths = [1, 2, 63, 64, 65, 700, 5, 17, 130, 3000, 31, 9, 257];
+    let limits = Limits { slots: lengths.len() + 1, context: 3072, tokens: 3072, outputs: 13 };
+    for (name, config) in [("small", small), ("wide", wide), ("odd", odd)] {
+        let source = jamba_core::random::RandomParams { seed: 8, dtype: jamba_core::Dtype::Bf16 };
+        let model = Model::new(config, &source, backend.clone())?;
+        let vocab_size = model.config().vocab_size;
+        let mut runner = ModelRunner::new(model, limits)?;
+        let texts: Vec<_> =
+            (0..).zip(lengths).map(|(seed, n)| text(seed + 40, n + 1, vocab_size)).collect();
+        let mut expected = Vec::new();
+        for (slot, tokens) in texts.iter().enumerate() {
+            runner.reset(lengths.len())?;
+            runner.step(&Batch::single(lengths.len(), 0, tokens, Outputs::Last))?;
+            expected.push(runner.logits()?);
+            let prompt = &tokens[..lengths[slot]];
+            runner.step(&Batch::single(slot, 0, prompt, Outputs::None))?;
+        }
+        // Of one, few and more sequences: each of them once.
+        for slots in [&[5][..], &[0, 3], &[9, 1, 2, 4, 6, 7, 8, 10, 11, 12]] {
+            let mut batch = Batch::new();
+            for &slot in slots {
+                batch.push(slot, lengths[slot], &texts[slot][lengths[slot]..], Outputs::Last);
+            }
+            runner.step(&batch)?;
+            for (&slot, got) in slots.iter().zip(runner.logits()?.chunks_exact(vocab_size)) {
+                let name = format!("{precision:?}, {name}, {} tokens", lengths[slot]);
+                let (element, rms) = close(&name, got, &expected[slot], &law(precision))?;
+                println!("{name}: element {element:.1e}, rms {rms:.1e}");
+            }
         }
     }
     Ok(())
