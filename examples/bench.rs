@@ -11,7 +11,7 @@ use jamba_core::{
     Batch, Checkpoint, Config, Dtype, Error, LanguageModel, Limits, Outputs, Result, Runner,
     WeightFormat,
 };
-use jamba_examples::machine::{Limit, Machine, device_used, host_peak};
+use jamba_examples::machine::{Limit, Machine, device_used, host_peak, profile};
 use jamba_examples::{BackendName, model_folder, print, run};
 use serde_json::{Value, json};
 
@@ -61,6 +61,9 @@ struct Args {
     /// How many times each is measured, after once that does not count.
     #[arg(long, value_name = "N", default_value = "3")]
     runs: std::num::NonZeroUsize,
+    /// Shows after each phase what every kernel of one more of its steps takes (GPUs only).
+    #[arg(long)]
+    profile: bool,
     /// Writes all numbers to a file too.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -168,6 +171,10 @@ impl Bench<'_> {
             runner.reset(0)?;
             self.read(&mut *runner, prompt, true)
         })?;
+        self.profile(|| {
+            runner.reset(0)?;
+            self.read(&mut *runner, prompt, false)
+        })?;
         let state = state_bytes(&*runner);
         let chunks = (0..prompt).step_by(tokens).map(|past| {
             let tokens = tokens.min(prompt - past);
@@ -203,7 +210,7 @@ impl Bench<'_> {
         let runs = self.args.runs.get();
         let limits = Limits {
             slots: batch,
-            context: past + generate * (runs + 1),
+            context: past + generate * (runs + 1) + 1,
             tokens: self.args.chunk.get().min(past).max(batch),
             outputs: batch,
         };
@@ -225,6 +232,11 @@ impl Bench<'_> {
             }
             Ok(())
         })? / generate as f64;
+        step.clear();
+        for slot in 0..batch {
+            step.push(slot, position, &[self.id(slot, position)], Outputs::Last);
+        }
+        self.profile(|| runner.step(&step))?;
         // In the middle of what was measured.
         let past = past + generate + generate * runs / 2;
         let spans = vec![Span { past, tokens: 1, outputs: 1 }; batch];
@@ -232,6 +244,14 @@ impl Bench<'_> {
         let limit = self.machine.limit([cost]);
         let used = device_used(self.args.backend)?;
         Ok((Phase { name: "decode", batch, past, tokens: batch, seconds, cost, limit }, used))
+    }
+
+    /// Shows the kernels of `work`, if that is asked for.
+    fn profile(&self, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        if !self.args.profile {
+            return Ok(());
+        }
+        profile(self.args.backend, work)?.map_or(Ok(()), |table| print(&table))
     }
 
     /// A token of the random text of a sequence: Weyl's sequence, ids all over the vocabulary.

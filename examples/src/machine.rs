@@ -130,6 +130,49 @@ pub fn host_peak() -> Option<u64> {
     Some(1024 * kib)
 }
 
+/// Runs `work` with every kernel of the GPU timed, and tells them in a table: the time of all
+/// launches of a kernel, and what it moves and computes, where that is known. `None` for a backend
+/// without a GPU.
+///
+/// # Errors
+/// Those of `work`, or what the GPU reports.
+pub fn profile(backend: BackendName, work: impl FnOnce() -> Result<()>) -> Result<Option<String>> {
+    match backend {
+        #[cfg(feature = "cuda")]
+        BackendName::Cuda | BackendName::CudaF32 => {
+            use std::fmt::Write;
+
+            let kernels = jamba_cuda::profile(work)?;
+            let all: f64 = kernels.iter().map(|kernel| kernel.seconds).sum();
+            let mut table = format!(
+                "  {:<28} {:>8} {:>8} {:>5} {:>9} {:>7} {:>8}\n",
+                "kernel", "launches", "ms", "%", "MB", "GB/s", "TFLOP/s"
+            );
+            for k in &kernels {
+                // What is not told is left empty.
+                let told = |v: f64, digits| match v {
+                    0.0 => String::new(),
+                    v => format!("{v:.digits$}"),
+                };
+                let _ = writeln!(
+                    table,
+                    "  {:<28} {:>8} {:>8.3} {:>5.1} {:>9} {:>7} {:>8}",
+                    k.name,
+                    k.launches,
+                    1e3 * k.seconds,
+                    100.0 * k.seconds / all,
+                    told(k.bytes / 1e6, 1),
+                    told(k.bytes / k.seconds / 1e9, 0),
+                    told(k.operations / k.seconds / 1e12, 2),
+                );
+            }
+            let _ = writeln!(table, "  {:<28} {:>8} {:>8.3}", "together", "", 1e3 * all);
+            Ok(Some(table))
+        }
+        _ => work().map(|()| None),
+    }
+}
+
 /// Memory of the GPU that is taken now, by all programs; `None` for a backend without one.
 ///
 /// # Errors

@@ -16,6 +16,7 @@ use cudarc::nvrtc::Ptx;
 
 use crate::error::{Error, Result};
 use crate::libraries;
+use crate::profile::{self, Work};
 
 /// One card and the one stream on which everything of a backend happens, in order.
 pub(crate) struct Device {
@@ -276,19 +277,22 @@ impl Device {
             sharedMemBytes: grid.shared,
             hStream: self.launch_stream(),
             attrs: &raw mut overlap,
-            numAttrs: u32::from(kernel.overlaps),
+            // What is timed runs by itself.
+            numAttrs: u32::from(kernel.overlaps && !profile::is_on()),
         };
-        // SAFETY: the function and the stream are alive; the attribute is read, and the parameter,
-        // which is as the caller says, copied by the driver before this returns.
-        let launched = unsafe {
-            sys::cuLaunchKernelEx(
-                &raw const config,
-                kernel.function.cu_function(),
-                params.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
-        };
-        launched.result().map_err(driver_error(kernel.name))
+        profile::timed(self, kernel.name, grid.work, || {
+            // SAFETY: the function and the stream are alive; the attribute is read, and the parameter,
+            // which is as the caller says, copied by the driver before this returns.
+            let launched = unsafe {
+                sys::cuLaunchKernelEx(
+                    &raw const config,
+                    kernel.function.cu_function(),
+                    params.as_mut_ptr(),
+                    std::ptr::null_mut(),
+                )
+            };
+            launched.result().map_err(driver_error(kernel.name))
+        })
     }
 
     /// What `work` launches on this thread, as a graph; none of it runs. It must neither allocate
@@ -514,6 +518,7 @@ pub(crate) struct Grid {
     blocks: [u32; 3],
     threads: u32,
     shared: u32,
+    work: Work,
 }
 
 impl Grid {
@@ -532,6 +537,12 @@ impl Grid {
             }
         }
         let blocks = blocks.map(|n| n as u32);
-        Ok(Self { blocks, threads: threads as u32, shared: shared as u32 })
+        let work = Work::default();
+        Ok(Self { blocks, threads: threads as u32, shared: shared as u32, work })
+    }
+
+    /// Tells what the launch moves and computes at least.
+    pub(crate) fn doing(self, bytes: usize, operations: usize) -> Self {
+        Self { work: Work { bytes: bytes as u64, operations: operations as u64 }, ..self }
     }
 }

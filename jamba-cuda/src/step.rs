@@ -14,12 +14,12 @@ use jamba_core::{Config, Result};
 
 use crate::backend::CudaBackend;
 use crate::device::Graph;
+use crate::profile;
 use crate::state::State;
 use crate::tensor::Tensor;
 use crate::weight::Weight;
 
-/// Graphs of a state at most; the one that was used longest ago makes room. A graph takes some
-/// hundred kilobytes.
+/// Graphs of a state at most; the one that was used longest ago makes room.
 const KEPT: usize = 64;
 
 /// The decode steps that were met, and their graphs.
@@ -46,7 +46,7 @@ pub(crate) fn forward(
     s: &mut Scratch<Tensor>,
     state: &mut State,
 ) -> Result<()> {
-    if !state.batch.is_decode() {
+    if !state.batch.is_decode() || profile::is_on() {
         return run(b, config, w, s, state);
     }
     // What a graph leaves to its callers.

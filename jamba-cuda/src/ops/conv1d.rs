@@ -65,7 +65,9 @@ impl Conv1d {
             true => (&self.step, [batch.tokens, channels, 1]),
             false => (&self.any, [batch.segments, channels, 1]),
         };
-        let grid = Grid::new("causal_conv1d", blocks, 128, 0)?;
+        let kept = 2 * batch.runs * state.per_channel;
+        let bytes = 4 * state.channels * (2 * batch.tokens + kept + state.per_channel + 2);
+        let grid = Grid::new("causal_conv1d", blocks, 128, 0)?.doing(bytes, 0);
         let args = ConvArgs {
             x: x.ptr,
             weight: weight.vector()?,

@@ -11,6 +11,7 @@ use crate::device::{Buffer, Device};
 use crate::error::{Error, Result};
 use crate::libraries;
 use crate::options::Precision;
+use crate::profile::{self, Work};
 
 /// What NVIDIA recommends for Hopper; earlier cards do with less.
 pub(crate) const WORKSPACE_BYTES: usize = 32 << 20;
@@ -125,30 +126,41 @@ impl CublasLt {
         }
         let plan = &self.plans[&key];
         let (one, zero) = (1f32, 0f32);
-        // SAFETY: the descriptors were made for these operands, which are as the caller says; the
-        // scalars are f32 as the descriptor says, and are read before this returns; the
-        // workspace is used in the order of the stream alone.
-        let done = unsafe {
-            result::matmul(
-                self.handle.0,
-                plan.desc.0,
-                std::ptr::from_ref(&one).cast(),
-                std::ptr::from_ref(&zero).cast(),
-                w as *const c_void,
-                plan.w.0,
-                x as *const c_void,
-                plan.x.0,
-                out as *const c_void,
-                plan.out.0,
-                out as *mut c_void,
-                plan.out.0,
-                &plan.algorithm,
-                self.workspace.ptr() as *mut c_void,
-                WORKSPACE_BYTES,
-                device.launch_stream().cast(),
-            )
+        let size = match self.precision {
+            Precision::Bf16 => 2,
+            Precision::F32 => 4,
         };
-        done.map_err(refused(describe(&product)))
+        let Product { rows, n, k, .. } = product;
+        let work = Work {
+            bytes: (size * k * (rows + n) + 4 * rows * n) as u64,
+            operations: (2 * rows * n * k) as u64,
+        };
+        profile::timed(device, "cublasLt", work, || {
+            // SAFETY: the descriptors were made for these operands, which are as the caller says; the
+            // scalars are f32 as the descriptor says, and are read before this returns; the
+            // workspace is used in the order of the stream alone.
+            let done = unsafe {
+                result::matmul(
+                    self.handle.0,
+                    plan.desc.0,
+                    std::ptr::from_ref(&one).cast(),
+                    std::ptr::from_ref(&zero).cast(),
+                    w as *const c_void,
+                    plan.w.0,
+                    x as *const c_void,
+                    plan.x.0,
+                    out as *const c_void,
+                    plan.out.0,
+                    out as *mut c_void,
+                    plan.out.0,
+                    &plan.algorithm,
+                    self.workspace.ptr() as *mut c_void,
+                    WORKSPACE_BYTES,
+                    device.launch_stream().cast(),
+                )
+            };
+            done.map_err(refused(describe(&product)))
+        })
     }
 
     /// In cuBLASLt's column-major terms: out^T (n, rows) = W (k, n)^T x^T (k, rows).

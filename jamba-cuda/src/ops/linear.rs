@@ -190,7 +190,9 @@ impl Linear {
         } else {
             (&self.wide[variant], 4)
         };
-        let grid = Grid::new("linear", [n.div_ceil(rows_per_block), 1, 1], 128, 0)?;
+        let bytes = 16 / vector * n * weight.ld() as usize + 4 * x.rows * (k + n);
+        let grid = Grid::new("linear", [n.div_ceil(rows_per_block), 1, 1], 128, 0)?
+            .doing(bytes, 2 * x.rows * n * k);
         let args = LinearArgs {
             x: x.ptr,
             w: weight.matrix()?,

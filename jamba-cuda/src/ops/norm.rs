@@ -71,7 +71,8 @@ impl Norm {
         eps: f32,
         out: &mut Tensor,
     ) -> Result<()> {
-        let grid = Grid::new("rms_norm", [x.rows(), 1, 1], row_threads(x.cols()), 0)?;
+        let grid = Grid::new("rms_norm", [x.rows(), 1, 1], row_threads(x.cols()), 0)?
+            .doing(2 * 4 * x.rows() * x.cols(), 0);
         let (cols, weight) = (x.cols() as u32, weight.vector()?);
         let args = NormArgs { x: x.ptr(), r: 0, weight, y: out.ptr(), cols, eps };
         // SAFETY: x and out have the same shape, the weight as many elements as they columns; the
@@ -90,7 +91,8 @@ impl Norm {
         eps: f32,
         out: &mut Tensor,
     ) -> Result<()> {
-        let grid = Grid::new("add_rms_norm", [x.rows(), 1, 1], row_threads(x.cols()), 0)?;
+        let grid = Grid::new("add_rms_norm", [x.rows(), 1, 1], row_threads(x.cols()), 0)?
+            .doing(4 * 4 * x.rows() * x.cols(), 0);
         let (cols, weight) = (x.cols() as u32, weight.vector()?);
         let args = NormArgs { x: x.ptr(), r: r.ptr(), weight, y: out.ptr(), cols, eps };
         // SAFETY: x, r and out have the same shape, the weight as many elements as they columns.

@@ -26,6 +26,7 @@ const SHARED: usize = 40 << 10;
 /// How the threads of a block share the work.
 #[derive(Clone, Copy)]
 struct Shape {
+    d_state: usize,
     lanes: usize,
     /// Elements of the state that a thread has.
     states: usize,
@@ -38,14 +39,19 @@ impl Shape {
         check_d_state(d_state)?;
         let lanes = d_state.div_ceil(4).next_power_of_two().min(32);
         let states = d_state.div_ceil(lanes);
-        let vector = match precision {
-            Precision::Bf16 => 8,
-            Precision::F32 => 4,
-        };
+        let vector = vector_len(precision);
         let chunks = dt_rank.div_ceil(lanes * vector);
         let shared = 4 * GROUP * (chunks * lanes * vector + 2 * lanes * states);
         let fits = 4 * chunks <= ROW_REGISTERS && shared <= SHARED;
-        Ok(Self { lanes, states, dt_rank: if fits { dt_rank } else { 0 } })
+        Ok(Self { d_state, lanes, states, dt_rank: if fits { dt_rank } else { 0 } })
+    }
+}
+
+/// Elements of a weight in 16 bytes.
+fn vector_len(precision: Precision) -> usize {
+    match precision {
+        Precision::Bf16 => 8,
+        Precision::F32 => 4,
     }
 }
 
@@ -104,6 +110,8 @@ pub(crate) struct ScanStep {
     scan: Both,
     dt_scan: Option<Both>,
     shape: Shape,
+    /// Of an element of dt_proj.
+    weight_bytes: usize,
 }
 
 impl ScanStep {
@@ -123,6 +131,7 @@ impl ScanStep {
             scan: both("selective_scan_step_1", "selective_scan_step_4", GROUP)?,
             dt_scan: dt_scan.transpose()?,
             shape,
+            weight_bytes: 16 / vector_len(loader.precision),
         })
     }
 
@@ -206,7 +215,13 @@ impl ScanStep {
         let Both { few, many, group } = kernels;
         let (kernel, group) = if tokens <= FEW_TOKENS { (few, 1) } else { (many, *group) };
         let channels = (args.d_inner as usize).div_ceil(THREADS / self.shape.lanes);
-        let grid = Grid::new("scan_step", [channels, tokens.div_ceil(group), 1], THREADS, 0)?;
+        let (d_inner, d_state) = (args.d_inner as usize, self.shape.d_state);
+        // States read and written, A, dt_proj, x, z and y.
+        let bytes = 4 * d_inner * (2 * tokens * d_state + d_state + 3 * tokens)
+            + self.weight_bytes * d_inner * args.ldw as usize;
+        let rank = if args.ldw > 0 { self.shape.dt_rank } else { 0 };
+        let grid = Grid::new("scan_step", [channels, tokens.div_ceil(group), 1], THREADS, 0)?
+            .doing(bytes, d_inner * tokens * (7 * d_state + 2 * rank));
         // SAFETY: all operands have a row for every staged token and the columns that the state's
         // shape says, which are those that the kernel was compiled for; the norms and dt_proj those
         // of the rank of dt, where they are used; staging saw to it that every slot is one of the
