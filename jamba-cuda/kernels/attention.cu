@@ -6,7 +6,8 @@
 // append_kv         writes the keys and values of the batch to the cache
 // attention_rows    any precision; few queries, or f32: products on the CUDA cores
 // attention_merge   joins what attention_rows computed for different parts of the keys
-// attention_tiles   bf16: segments of many queries, products on the tensor cores
+// attention_tiles   bf16: segments of many queries, products on the tensor cores; on sm_90a it is
+//                   attention_groups.cu for heads of 64 and 128
 //
 // Layout: qkv (tokens, (heads + 2 kv_heads) HEAD_DIM) f32, columns [q | k | v]; the cache
 // (slots, kv_heads, context, HEAD_DIM) of weight_t, keys and values apart;

@@ -11,7 +11,9 @@
 //                                    read for every entry
 // moe_gate_up_*, moe_down_*          many tokens: tiles of the entries of one expert, tensor cores
 //                                    in bf16 (moe_tiles.cu), CUDA cores in f32
-// moe_combine  out from the products of the entries
+// moe_gather_* bf16: the rows of x by sorted entry, for the products of sm_90a (grouped.cu), which
+//              give those of the entries in bf16, times p
+// moe_combine, moe_combine_bf16      out from the products of the entries
 //
 // Layout: logits (tokens, experts), p and expert (entries), x (tokens, hidden) f32; gate_up
 // (experts 2 inter, ld) with rows [gate; up] per expert, down (experts hidden, ld) weight_t;
@@ -176,6 +178,34 @@ extern "C" __global__ void __launch_bounds__(128) moe_down_rows(const RowsArgs a
     if (threadIdx.x % 32 == 0) a.out[(u64)token * a.hidden + j] = sum;
 }
 
+#if BF16
+struct GatherArgs {
+    const void* x;      // (tokens, ldx) f32 or bf16
+    const u32* sorted;
+    bf16* out;          // (entries, hidden)
+    u32 hidden, ldx, top_k;
+};
+
+// A block per sorted entry; hidden and ldx multiples of 8, x aligned to 16 bytes.
+extern "C" __global__ void __launch_bounds__(256) moe_gather_f32(const GatherArgs a) {
+    const u64 token = a.sorted[blockIdx.x] / a.top_k;
+    const float* x = (const float*)a.x + token * a.ldx;
+    for (u32 c = threadIdx.x * 8; c < a.hidden; c += 256 * 8) {
+        const float4 low = *(const float4*)(x + c), high = *(const float4*)(x + c + 4);
+        *(uint4*)(a.out + (u64)blockIdx.x * a.hidden + c) =
+            make_uint4(pack_bf16(low.x, low.y), pack_bf16(low.z, low.w),
+                       pack_bf16(high.x, high.y), pack_bf16(high.z, high.w));
+    }
+}
+extern "C" __global__ void __launch_bounds__(256) moe_gather_bf16(const GatherArgs a) {
+    const u64 token = a.sorted[blockIdx.x] / a.top_k;
+    const bf16* x = (const bf16*)a.x + token * a.ldx;
+    for (u32 c = threadIdx.x * 8; c < a.hidden; c += 256 * 8) {
+        *(uint4*)(a.out + (u64)blockIdx.x * a.hidden + c) = *(const uint4*)(x + c);
+    }
+}
+#endif
+
 struct CombineArgs {
     const float* y;    // (entries, hidden), sorted
     const u32* place;  // (entries)
@@ -197,3 +227,29 @@ extern "C" __global__ void __launch_bounds__(256) moe_combine(const CombineArgs 
         a.out[(u64)token * a.hidden + c] = sum;
     }
 }
+
+#if BF16
+struct CombineBf16Args {
+    const bf16* y;     // (entries, hidden), sorted, times p
+    const u32* place;  // (entries)
+    float* out;        // (tokens, hidden)
+    u32 hidden, top_k;
+};
+
+// A block per token; hidden a multiple of 8.
+extern "C" __global__ void __launch_bounds__(256) moe_combine_bf16(const CombineBf16Args a) {
+    const u64 token = blockIdx.x;
+    for (u32 c = threadIdx.x * 8; c < a.hidden; c += 256 * 8) {
+        float sum[8] = {};
+        for (u32 k = token * a.top_k; k < (token + 1) * a.top_k; ++k) {
+            float y[8];
+            widen_16(*(const uint4*)(a.y + (u64)a.place[k] * a.hidden + c), y);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) sum[i] += y[i];
+        }
+        float* out = a.out + token * a.hidden + c;
+        *(float4*)out = make_float4(sum[0], sum[1], sum[2], sum[3]);
+        *(float4*)(out + 4) = make_float4(sum[4], sum[5], sum[6], sum[7]);
+    }
+}
+#endif

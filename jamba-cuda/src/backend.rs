@@ -24,13 +24,14 @@ use crate::ops::cublas;
 use crate::ops::elementwise::Elementwise;
 use crate::ops::embed::Embed;
 use crate::ops::greedy::Greedy;
+use crate::ops::grouped::Grouped;
 use crate::ops::linear::Linear;
-use crate::ops::moe::Experts;
+use crate::ops::moe::{Experts, Tokens};
 use crate::ops::norm::Norm;
 use crate::ops::rows::Rows;
 use crate::ops::scan::{self, Scan};
 use crate::ops::scan_step::ScanStep;
-use crate::ops::workspace::Workspaces;
+use crate::ops::workspace::{Workspace, Workspaces};
 use crate::options::{CudaOptions, Precision};
 use crate::plan::{self, Plan};
 use crate::state::{Kernels, State};
@@ -48,8 +49,9 @@ pub struct CudaBackend {
     pub(crate) linear: Linear,
     pub(crate) elementwise: Elementwise,
     pub(crate) loader: Loader,
+    pub(crate) grouped: Option<Grouped>,
+    pub(crate) experts: Experts,
     embed: Embed,
-    experts: Experts,
     rows: Rows,
     greedy: Greedy,
     /// Kernels for sizes met so far, `[d_conv, d_state, dt_rank, head_dim]`, 0 where there is no
@@ -89,6 +91,7 @@ impl CudaBackend {
             embed: Embed::load(&loader)?,
             linear: Linear::load(&loader)?,
             elementwise: Elementwise::load(&loader)?,
+            grouped: Grouped::load(&loader)?,
             experts: Experts::load(&loader)?,
             rows: Rows::load(&loader)?,
             greedy: Greedy::load(&loader)?,
@@ -172,6 +175,23 @@ impl CudaBackend {
 
     pub(crate) fn workspaces(&self) -> MutexGuard<'_, Workspaces> {
         self.workspaces.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Attention, in a workspace that the caller has.
+    pub(crate) fn attend(
+        &self,
+        qkv: &Tensor,
+        layer: usize,
+        state: &State,
+        parts: &mut Workspace,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let (batch, cache) = (&state.batch, state.cache(layer)?);
+        let [heads, kv_heads, head_dim] = cache.heads;
+        shape::attention(qkv, batch.tokens, heads * head_dim, kv_heads * head_dim, out)?;
+        out.resize("attention", batch.tokens)?;
+        let Some(kernels) = &state.kernels.attention else { return Ok(()) };
+        kernels.run(&self.device, qkv, batch, cache, parts, out)
     }
 
     /// Allocates the workspaces for steps within limits, so that no step has to.
@@ -424,13 +444,7 @@ impl Backend for CudaBackend {
         state: &mut State,
         out: &mut Tensor,
     ) -> Result<()> {
-        let (batch, cache) = (&state.batch, state.cache(layer)?);
-        let [heads, kv_heads, head_dim] = cache.heads;
-        shape::attention(qkv, batch.tokens, heads * head_dim, kv_heads * head_dim, out)?;
-        out.resize("attention", batch.tokens)?;
-        let Some(kernels) = &state.kernels.attention else { return Ok(()) };
-        let parts = &mut self.workspaces().parts;
-        kernels.run(&self.device, qkv, batch, cache, parts, out)
+        self.attend(qkv, layer, state, &mut self.workspaces().parts, out)
     }
 
     fn moe_experts(
@@ -444,8 +458,8 @@ impl Backend for CudaBackend {
         let inter = shape::moe_experts(x, router_logits, weights, top_k, out)?;
         out.resize("moe_experts", x.rows())?;
         let view = View::from(&Cols { tensor: x, cols: 0..x.cols() });
-        let shared = (&self.linear, &mut *self.workspaces());
-        let operands = (view, router_logits);
+        let shared = (&self.linear, self.grouped.as_ref(), &mut *self.workspaces());
+        let operands = (Tokens::Wide(view), router_logits);
         self.experts.run(&self.device, operands, weights, (top_k, inter), shared, out)
     }
 

@@ -1,5 +1,5 @@
 //! Fused blocks. Each computes the same bits as the composition of operators in
-//! [`compose`](jamba_core::compose).
+//! [`compose`](jamba_core::compose), but for the mixer and the MLP of [prompts](crate::prompt).
 
 use jamba_core::backend::{Backend, CausalConv1d, Cols, Scratch, SelectiveScan};
 use jamba_core::compose::{self, all};
@@ -9,7 +9,10 @@ use jamba_core::{Config, Result};
 
 use crate::backend::CudaBackend;
 use crate::device::may_load;
+use crate::ops::linear::Operand;
 use crate::ops::scan;
+use crate::ops::workspace::Workspaces;
+use crate::prompt;
 use crate::state::State;
 use crate::tensor::{Tensor, View};
 use crate::weight::Weight;
@@ -33,15 +36,20 @@ pub(crate) fn mlp(b: &CudaBackend, w: &Mlp<Weight>, s: &mut Scratch<Tensor>) -> 
     if !b.linear.rounds(s.normed.rows()) {
         return compose::mlp(b, w, s);
     }
-    b.linear(all(b, &s.normed), &w.gate_up_proj, None, &mut s.gate_up)?;
+    shape::linear(&all(b, &s.normed), &w.gate_up_proj, None, &s.gate_up)?;
+    s.gate_up.resize("mlp", s.normed.rows())?;
     shape::silu_mul(&s.gate_up, &s.act)?;
-    s.act.resize("mlp", s.gate_up.rows())?;
+    s.act.resize("mlp", s.normed.rows())?;
     shape::linear(&all(b, &s.act), &w.down_proj, None, &s.block_out)?;
-    s.block_out.resize("mlp", s.gate_up.rows())?;
     let _loading = may_load();
-    let cast = &mut b.workspaces().cast;
-    let act = b.elementwise.silu_mul_bf16(&b.device, &s.gate_up, cast)?;
-    b.linear.product(&b.device, act, &w.down_proj, None, &mut s.block_out)
+    let workspaces = &mut *b.workspaces();
+    let x = rounded(b, s, workspaces)?;
+    prompt::mlp(b, workspaces, w, x, s, true).map(drop)
+}
+
+/// The tokens of a block as an operand of a product.
+fn rounded(b: &CudaBackend, s: &Scratch<Tensor>, workspaces: &mut Workspaces) -> Result<Operand> {
+    b.linear.cast(&b.device, View::from(&all(b, &s.normed)), &mut workspaces.cast)
 }
 
 /// The mixer with the norms of dt, B and C in one kernel, and of single tokens all between x_proj
@@ -59,6 +67,13 @@ pub(crate) fn mamba_mixer(
     let b_cols = dt_rank..dt_rank + d_state;
     let c_cols = dt_rank + d_state..dt_rank + 2 * d_state;
 
+    if prompt::is_for_mamba(b, config, w, state) {
+        shape::linear(&all(b, &s.normed), &w.in_proj, None, &s.xz)?;
+        let _loading = may_load();
+        let workspaces = &mut *b.workspaces();
+        let x = rounded(b, s, workspaces)?;
+        return prompt::mamba(b, workspaces, config, w, layer, x, s, state, true).map(drop);
+    }
     b.linear(all(b, &s.normed), &w.in_proj, w.in_proj_bias.as_ref(), &mut s.xz)?;
     let conv = CausalConv1d {
         x: Cols { tensor: &s.xz, cols: 0..d_inner },

@@ -51,9 +51,12 @@ impl Unit {
 }
 
 /// The sources that a model of `config` needs, in its sizes.
-fn units(config: &Config, precision: Precision) -> Result<Vec<Unit>> {
+fn units(config: &Config, precision: Precision, arch: &str) -> Result<Vec<Unit>> {
     let schedule = Schedule::new(config);
     let mut units = ops::units();
+    if ops::grouped::is_for(arch, precision) {
+        units.push(ops::grouped::unit());
+    }
     if schedule.mamba_layers() > 0 {
         units.push(ops::conv1d::unit(config.mamba_d_conv)?);
         let d_state = config.mamba_d_state;
@@ -64,6 +67,9 @@ fn units(config: &Config, precision: Precision) -> Result<Vec<Unit>> {
         units.push(ops::attention::unit(config.head_dim)?);
         if ops::attention_step::fits(config.head_dim, precision) {
             units.push(ops::attention_step::unit(config.head_dim));
+        }
+        if ops::attention_groups::is_for(arch, precision, config.head_dim) {
+            units.push(ops::attention_groups::unit(config.head_dim));
         }
     }
     Ok(units)
@@ -95,7 +101,7 @@ pub fn compile(
         let name = format!("{}{}", unit.stem, sizes.collect::<String>());
         Ok(Compiled { name, bytes: unit.compile(arch, precision, &cache)?.len() })
     };
-    units(config, precision)?.into_iter().map(compile).collect()
+    units(config, precision, arch)?.into_iter().map(compile).collect()
 }
 
 /// Compiles for one card and loads into it.

@@ -29,6 +29,7 @@ mod options;
 mod plan;
 mod probe;
 mod profile;
+mod prompt;
 mod state;
 mod step;
 mod tensor;

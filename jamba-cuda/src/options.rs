@@ -9,6 +9,14 @@ use jamba_core::WeightFormat;
 /// [`Precision::F32`]: all in f32, without TF32.
 pub use jamba_core::Precision;
 
+/// Bytes of an element of a weight, or of an operand of a product.
+pub(crate) fn element_bytes(precision: Precision) -> usize {
+    match precision {
+        Precision::Bf16 => 2,
+        Precision::F32 => 4,
+    }
+}
+
 /// Where compiled kernels are kept between runs of a program.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum KernelCache {

@@ -134,18 +134,22 @@ pub(crate) fn workspaces(config: &Config, limits: &Limits, precision: Precision)
     let tokens = limits.tokens;
     let schedule = Schedule::new(config);
     let (hidden, inter) = (config.hidden_size, config.intermediate_size);
-    let operand = hidden.max(config.d_inner()).max(config.q_width()).max(inter);
+    let operands = [config.d_inner(), config.mamba_dt_rank, config.q_width(), inter];
+    let operand = operands.into_iter().fold(hidden, usize::max);
     let cast = match precision {
         Precision::Bf16 => tokens.saturating_mul(2 * operand.next_multiple_of(8)),
         Precision::F32 => 0,
     };
     let parts = if schedule.attention_layers() > 0 { attention_step::PARTS_BYTES } else { 0 };
     let routing = (config.num_experts, config.num_experts_per_tok);
-    let [routes, act, expert_out] = if schedule.moe_layers() > 0 {
-        moe::workspace_bytes(tokens, routing, (hidden, inter), precision)
+    let [routes, act, expert_out, sorted] = if schedule.moe_layers() > 0 {
+        let [routes, act, out] = moe::workspace_bytes(tokens, routing, (hidden, inter), precision);
+        let is_bf16 = precision == Precision::Bf16;
+        [routes, act, out, if is_bf16 { moe::sorted_bytes(tokens, routing.1, hidden) } else { 0 }]
     } else {
-        [0; 3]
+        [0; 4]
     };
+    let cast = cast.max(sorted);
     let chosen = greedy::workspace_bytes(limits.outputs, config.vocab_size);
     [cast, parts, routes, act, expert_out, chosen, cublas::WORKSPACE_BYTES]
 }

@@ -5,7 +5,7 @@ use crate::backend::CudaBackend;
 use crate::device::{Device, driver_error};
 use crate::error::Result;
 use crate::ops::cublas::{CublasLt, Product};
-use crate::options::Precision;
+use crate::options::{Precision, element_bytes};
 
 /// Rows and columns of the operands of the product.
 const SIDE: usize = 8192;
@@ -57,10 +57,7 @@ impl CudaBackend {
 /// Operations a second of a large product.
 fn products(device: &Device, precision: Precision) -> Result<f64> {
     let elements = SIDE * SIDE;
-    let size = match precision {
-        Precision::Bf16 => 2,
-        Precision::F32 => 4,
-    };
+    let size = element_bytes(precision);
     let random = |seed| match precision {
         Precision::Bf16 => random_bf16(elements, seed),
         Precision::F32 => random_f32(elements, seed),
@@ -73,7 +70,8 @@ fn products(device: &Device, precision: Precision) -> Result<f64> {
     device.upload(&mut x, 0, &random(1))?;
     device.upload(&mut w, 0, &random(2))?;
     let ld = SIDE as u32;
-    let product = Product { rows: SIDE, n: SIDE, k: SIDE, ldx: ld, ldw: ld };
+    let rounded = false;
+    let product = Product { rows: SIDE, n: SIDE, k: SIDE, ldx: ld, ldw: ld, rounded };
     let mut cublas = CublasLt::new(device, precision)?;
     let seconds = median_seconds(device, || {
         // SAFETY: the operands are SIDE x SIDE of the precision's elements, the result as many f32.

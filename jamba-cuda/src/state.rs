@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use half::bf16;
 use jamba_core::schedule::{MixerKind, Schedule};
-use jamba_core::{Batch, Config, Limits, StatePart};
+use jamba_core::{Batch, Config, Limits, Run, StatePart};
 
 use crate::device::{Buffer, Device, Staging};
 use crate::error::Result;
@@ -76,6 +76,10 @@ pub(crate) struct Staged {
     pub(crate) longest: usize,
     /// Positions after the step, of the run that then has most.
     pub(crate) positions: usize,
+    /// And of all runs together.
+    pub(crate) cached: usize,
+    /// Keys that all tokens together attend to.
+    pub(crate) seen: usize,
     /// And where it is.
     largest_token: (u32, usize),
 }
@@ -109,6 +113,8 @@ impl Staged {
             shortest: 0,
             longest: 0,
             positions: 0,
+            cached: 0,
+            seen: 0,
             largest_token: (0, 0),
         })
     }
@@ -203,6 +209,9 @@ impl Staged {
         self.shortest = runs.iter().map(|run| run.len).min().unwrap_or(0);
         self.longest = runs.iter().map(|run| run.len).max().unwrap_or(0);
         self.positions = runs.iter().map(|run| run.position + run.len).max().unwrap_or(0);
+        self.cached = runs.iter().map(|run| run.position + run.len).sum();
+        let seen = |run: &Run| run.len * run.position + run.len * (run.len + 1) / 2;
+        self.seen = runs.iter().map(seen).sum();
         let tokens = batch.tokens().iter().copied().zip(0..);
         self.largest_token = tokens.max_by_key(|(id, _)| *id).unwrap_or((0, 0));
         Ok(())

@@ -15,6 +15,7 @@ use jamba_core::{Config, Result};
 use crate::backend::CudaBackend;
 use crate::device::Graph;
 use crate::profile;
+use crate::prompt;
 use crate::state::State;
 use crate::tensor::Tensor;
 use crate::weight::Weight;
@@ -46,6 +47,9 @@ pub(crate) fn forward(
     s: &mut Scratch<Tensor>,
     state: &mut State,
 ) -> Result<()> {
+    if prompt::is_for(b, config, w, state) {
+        return prompt::forward(b, config, w, s, state);
+    }
     if !state.batch.is_decode() || profile::is_on() {
         return run(b, config, w, s, state);
     }

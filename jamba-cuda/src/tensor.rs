@@ -5,13 +5,13 @@ use jamba_core::shape::Shaped;
 
 use crate::device::{Buffer, Device};
 use crate::error::{Error, Result};
+use crate::ops::linear::Operand;
 
 /// Row-major f32 activations on the device, allocated for a maximum of rows.
 ///
-/// All activations are f32, not only the residual stream: an operator's output does not know who
-/// reads it, and rounding to bf16 where a tensor core reads costs a pass over the data, but no
-/// accuracy in norms, convolution, scan and softmax. A tensor belongs to the backend that
-/// allocated it.
+/// What an operator gives is f32, as it does not know who reads it. The blocks of prompts, which do,
+/// keep what they round to bf16 in the same memory (`rounded`). A tensor belongs to
+/// the backend that allocated it.
 pub struct Tensor {
     buffer: Buffer,
     rows: usize,
@@ -53,6 +53,16 @@ impl Tensor {
 
     pub(crate) fn capacity(&self) -> usize {
         self.capacity
+    }
+
+    /// Its memory as rows of bf16, for what only the operators of a fused block read: `ptr`, and
+    /// the rows and columns that it has room for as its own.
+    pub(crate) fn rounded(&self, op: &'static str, rows: usize) -> jamba_core::Result<Operand> {
+        if rows > self.capacity {
+            let (expected, got) = ([self.capacity, self.cols], [rows, self.cols]);
+            return Err(jamba_core::Error::Shape { op, what: "rows in use", expected, got });
+        }
+        Ok(Operand { ptr: self.ptr(), rows, ld: self.cols as u32 })
     }
 
     pub(crate) fn ptr(&self) -> u64 {

@@ -3,13 +3,14 @@
 
 use jamba_core::Result;
 
+use super::attention_groups::AttentionGroups;
 use super::attention_step::{self, AttentionStep, PARTS_BYTES};
 use super::workspace::Workspace;
 use crate::device::{Device, Grid, Kernel};
 use crate::error::Error;
 use crate::kernels::{Loader, Unit};
 use crate::options::Precision;
-use crate::state::{Cache, SEGMENT, Staged};
+use crate::state::{Cache, SEGMENT, Staged, kv_element_bytes};
 use crate::tensor::Tensor;
 
 /// Rows and keys in shared memory at a time: `ROWS` and `KEYS` of attention.cu.
@@ -59,10 +60,22 @@ pub(crate) struct Attention {
     merge: Kernel,
     /// For bf16 and the sizes that fit `mma`.
     tiles: Option<Kernel>,
+    /// Instead of those, where the card has them.
+    groups: Option<AttentionGroups>,
     /// For single tokens, where it has kernels.
     step: Option<AttentionStep>,
     head_dim: usize,
+    precision: Precision,
     shared: usize,
+}
+
+/// Bytes that attention to the whole batch moves at least, and its operations: queries and results in
+/// f32, keys and values once for each run.
+pub(super) fn work(batch: &Staged, cache: &Cache, precision: Precision) -> (usize, usize) {
+    let [heads, kv_heads, head_dim] = cache.heads;
+    let element = kv_element_bytes(precision);
+    let rows = 2 * 4 * batch.tokens * heads + 2 * element * batch.cached * kv_heads;
+    (rows * head_dim, 4 * batch.seen * heads * head_dim)
 }
 
 impl Attention {
@@ -80,7 +93,9 @@ impl Attention {
             merge: module.overlapping("attention_merge")?,
             tiles: tiles.then(|| module.kernel("attention_tiles")).transpose()?,
             step: step.transpose()?,
+            groups: AttentionGroups::load(loader, head_dim)?,
             head_dim,
+            precision: loader.precision,
             shared,
         })
     }
@@ -131,6 +146,7 @@ impl Attention {
             tile_min: tile_min.min(u32::MAX as usize) as u32,
             scale: (head_dim as f32).sqrt().recip(),
         };
+        let (bytes, operations) = work(batch, cache, self.precision);
         let per_token = Grid::new("append_kv", [batch.tokens, 1, 1], 256, 0)?;
         // SAFETY: qkv has a row for every staged token and the columns of all heads; staging saw
         // to it that every slot and position is within the cache.
@@ -142,7 +158,8 @@ impl Attention {
         }
         if batch.shortest < tile_min {
             let blocks = [batch.segments * tiles, kv_heads, splits];
-            let grid = Grid::new("attention_rows", blocks, 128, self.shared)?;
+            let grid =
+                Grid::new("attention_rows", blocks, 128, self.shared)?.doing(bytes, operations);
             // SAFETY: as above; out has a row for every staged token and the columns of the query
             // heads, and the workspace the parts of all of them.
             unsafe { device.launch(&self.rows, &grid, &args) }?;
@@ -152,10 +169,15 @@ impl Attention {
                 unsafe { device.launch(&self.merge, &grid, &args) }?;
             }
         }
-        if let Some(kernel) = &self.tiles
-            && batch.longest >= tile_min
-        {
-            let grid = Grid::new("attention_tiles", [batch.segments, heads, 1], 128, 0)?;
+        if batch.longest < tile_min {
+            return Ok(());
+        }
+        if let Some(groups) = &self.groups {
+            // SAFETY: as for the rows; head_dim is one that the kernel was compiled for.
+            unsafe { groups.run(device, (qkv.ptr(), out.ptr()), batch, cache, tile_min) }?;
+        } else if let Some(kernel) = &self.tiles {
+            let grid = Grid::new("attention_tiles", [batch.segments, heads, 1], 128, 0)?
+                .doing(bytes, operations);
             // SAFETY: as for the rows; head_dim is one that the kernel was compiled for.
             unsafe { device.launch(kernel, &grid, &args) }?;
         }

@@ -103,8 +103,7 @@ impl AttentionStep {
             splits: splits as u32,
             scale: (head_dim as f32).sqrt().recip(),
         };
-        // As if all sequences were as long as the longest.
-        let pairs = batch.tokens * batch.positions * head_dim;
+        let pairs = batch.seen * head_dim;
         let grid = Grid::new("attention_step", [batch.tokens, blocks, splits], 128, self.shared)?
             .doing(2 * 2 * pairs * kv_heads, 4 * pairs * heads);
         // SAFETY: qkv has a row for every staged token and the columns of all heads, out those of

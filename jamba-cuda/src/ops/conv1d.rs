@@ -3,9 +3,11 @@
 
 use jamba_core::Result;
 
+use super::linear::Operand;
 use crate::device::{Device, Grid, Kernel};
 use crate::error::Error;
 use crate::kernels::{Loader, Unit};
+use crate::options::Precision;
 use crate::state::{Channels, SEGMENT, Staged};
 use crate::tensor::{Tensor, View};
 use crate::weight::Weight;
@@ -39,15 +41,27 @@ struct ConvArgs {
 pub(crate) struct Conv1d {
     any: Kernel,
     step: Kernel,
+    /// For x and y in bf16.
+    rounded: Option<Kernel>,
 }
+
+/// Taps that the kernel for bf16 is made for.
+const ROUNDED_TAPS: usize = 8;
 
 impl Conv1d {
     pub(crate) fn load(loader: &Loader, d_conv: usize) -> crate::Result<Self> {
         let module = loader.module(&unit(d_conv)?)?;
+        let rounded = loader.precision == Precision::Bf16 && d_conv <= ROUNDED_TAPS;
         Ok(Self {
             any: module.overlapping("causal_conv1d")?,
             step: module.overlapping("causal_conv1d_step")?,
+            rounded: rounded.then(|| module.kernel("causal_conv1d_bf16")).transpose()?,
         })
+    }
+
+    /// Whether there is a kernel for x and y in bf16.
+    pub(crate) fn rounds(&self) -> bool {
+        self.rounded.is_some()
     }
 
     /// Convolution and SiLU of the staged tokens, continuing from and updating `state`.
@@ -55,7 +69,7 @@ impl Conv1d {
         &self,
         device: &Device,
         x: View,
-        (weight, bias): (&Weight, Option<&Weight>),
+        parameters: (&Weight, Option<&Weight>),
         batch: &Staged,
         state: &Channels,
         y: &mut Tensor,
@@ -65,19 +79,49 @@ impl Conv1d {
             true => (&self.step, [batch.tokens, channels, 1]),
             false => (&self.any, [batch.segments, channels, 1]),
         };
-        let kept = 2 * batch.runs * state.per_channel;
-        let bytes = 4 * state.channels * (2 * batch.tokens + kept + state.per_channel + 2);
+        let (x, y) = ((x.ptr, x.ld), y.ptr());
+        self.launch(device, (kernel, blocks, 4), x, parameters, batch, state, y)
+    }
+
+    /// The same of x in bf16 to `y` in bf16, if [`rounds`](Self::rounds) and the channels are a
+    /// multiple of 8.
+    pub(crate) fn rounded(
+        &self,
+        device: &Device,
+        x: Operand,
+        parameters: (&Weight, Option<&Weight>),
+        batch: &Staged,
+        state: &Channels,
+        y: Operand,
+    ) -> Result<()> {
+        let Some(kernel) = &self.rounded else { return Ok(()) };
+        let blocks = [batch.segments, state.channels.div_ceil(4 * 128), 1];
+        self.launch(device, (kernel, blocks, 2), (x.ptr, x.ld), parameters, batch, state, y.ptr)
+    }
+
+    fn launch(
+        &self,
+        device: &Device,
+        (kernel, blocks, element): (&Kernel, [usize; 3], usize),
+        (x, ldx): (u64, u32),
+        (weight, bias): (&Weight, Option<&Weight>),
+        batch: &Staged,
+        state: &Channels,
+        y: u64,
+    ) -> Result<()> {
+        let kept = 2 * batch.runs * state.per_channel + state.per_channel + 2;
+        let bytes = state.channels * (2 * element * batch.tokens + 4 * kept);
         let grid = Grid::new("causal_conv1d", blocks, 128, 0)?.doing(bytes, 0);
         let args = ConvArgs {
-            x: x.ptr,
+            x,
             weight: weight.vector()?,
             bias: bias.map_or(Ok(0), Weight::vector)?,
             state: state.values.ptr(),
-            y: y.ptr(),
+            y,
             runs: batch.runs_ptr(),
             run_count: batch.runs as u32,
             d_inner: state.channels as u32,
-            ldx: x.ld,
+            ldx,
         };
         // SAFETY: x and y have a row for every staged token and d_inner columns, weight and bias
         // as many rows; staging saw to it that every slot is one of the state. No two blocks of

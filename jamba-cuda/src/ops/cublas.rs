@@ -10,7 +10,7 @@ use cudarc::cublaslt::sys;
 use crate::device::{Buffer, Device};
 use crate::error::{Error, Result};
 use crate::libraries;
-use crate::options::Precision;
+use crate::options::{Precision, element_bytes};
 use crate::profile::{self, Work};
 
 /// What NVIDIA recommends for Hopper; earlier cards do with less.
@@ -18,8 +18,8 @@ pub(crate) const WORKSPACE_BYTES: usize = 32 << 20;
 /// Shapes whose algorithm is remembered.
 const REMEMBERED: usize = 4096;
 
-/// `out (rows, n) = x (rows, k) W (n, k)^T`, all row-major: `out` in f32 without gaps, x and W in
-/// the precision of the backend.
+/// `out (rows, n) = x (rows, k) W (n, k)^T`, all row-major: `out` in f32, or rounded to bf16,
+/// without gaps, x and W in the precision of the backend.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Product {
     pub(crate) rows: usize,
@@ -27,6 +27,7 @@ pub(crate) struct Product {
     pub(crate) k: usize,
     pub(crate) ldx: u32,
     pub(crate) ldw: u32,
+    pub(crate) rounded: bool,
 }
 
 /// The library's handle, and the algorithm that it chose for each shape.
@@ -126,13 +127,11 @@ impl CublasLt {
         }
         let plan = &self.plans[&key];
         let (one, zero) = (1f32, 0f32);
-        let size = match self.precision {
-            Precision::Bf16 => 2,
-            Precision::F32 => 4,
-        };
-        let Product { rows, n, k, .. } = product;
+        let size = element_bytes(self.precision);
+        let Product { rows, n, k, rounded, .. } = product;
+        let result = if rounded { 2 } else { 4 };
         let work = Work {
-            bytes: (size * k * (rows + n) + 4 * rows * n) as u64,
+            bytes: (size * k * (rows + n) + result * rows * n) as u64,
             operations: (2 * rows * n * k) as u64,
         };
         profile::timed(device, "cublasLt", work, || {
@@ -191,7 +190,8 @@ impl CublasLt {
         };
         let w = layout(operand, p.k, p.n, p.ldw.into())?;
         let x = layout(operand, p.k, p.rows, p.ldx.into())?;
-        let out = layout(f32, p.n, p.rows, p.n as i64)?;
+        let result = if p.rounded { sys::cudaDataType::CUDA_R_16BF } else { f32 };
+        let out = layout(result, p.n, p.rows, p.n as i64)?;
 
         let preference = Preference(result::create_matmul_pref().map_err(fail())?);
         use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;

@@ -134,7 +134,7 @@ impl Linear {
         out: &mut Tensor,
     ) -> Result<()> {
         let ([n, k], rows) = (weight.shape(), x.rows);
-        let product = Product { rows, n, k, ldx: x.ld, ldw: weight.ld() };
+        let product = Product { rows, n, k, ldx: x.ld, ldw: weight.ld(), rounded: false };
         let w = weight.matrix()?;
         let mut cublas = self.cublas.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: x has the rows of out and k columns, the weight is (n, k) and out (rows, n).
@@ -146,6 +146,25 @@ impl Linear {
         // SAFETY: out is (rows, n) and the bias has n elements.
         unsafe { device.launch(&self.add_bias, &grid, &args) }?;
         Ok(())
+    }
+
+    /// `out = x weight^T` rounded to bf16, in the memory of `out`.
+    pub(crate) fn rounded(
+        &self,
+        device: &Device,
+        x: Operand,
+        weight: &Weight,
+        out: &Tensor,
+    ) -> Result<Operand> {
+        let ([n, k], rows) = (weight.shape(), x.rows);
+        let out = out.rounded("linear", rows)?;
+        let product = Product { rows, n, k, ldx: x.ld, ldw: weight.ld(), rounded: true };
+        let w = weight.matrix()?;
+        let mut cublas = self.cublas.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: x has k columns, the weight is (n, k), and out has room for more than so many
+        // rows of n bf16.
+        unsafe { cublas.matmul(device, product, x.ptr, w, out.ptr) }?;
+        Ok(Operand { ld: n as u32, ..out })
     }
 
     /// `x` rounded to bf16 in the workspace.

@@ -6,18 +6,21 @@
 //! kernel is made for, alignment, and that the grid exists.
 
 pub(crate) mod attention;
+pub(crate) mod attention_groups;
 pub(crate) mod attention_step;
 pub(crate) mod conv1d;
 pub(crate) mod cublas;
 pub(crate) mod elementwise;
 pub(crate) mod embed;
 pub(crate) mod greedy;
+pub(crate) mod grouped;
 pub(crate) mod linear;
 pub(crate) mod moe;
 pub(crate) mod norm;
 pub(crate) mod rows;
 pub(crate) mod scan;
 pub(crate) mod scan_step;
+mod tensor_map;
 pub(crate) mod workspace;
 
 use crate::kernels::Unit;

@@ -1,20 +1,23 @@
-//! Launches `kernels/moe.cu` and `kernels/moe_tiles.cu`.
+//! Launches `kernels/moe.cu`, `kernels/moe_tiles.cu`, and `kernels/grouped.cu` for experts.
 #![allow(unsafe_code, reason = "launches kernels")]
 
 use jamba_core::Result;
 use jamba_core::weights::Moe;
 
+use super::grouped::{Grouped, Groups, Matrices};
 use super::linear::{Linear, Operand};
 use super::workspace::Workspaces;
 use crate::device::{Device, Grid, Kernel};
 use crate::error::Error;
 use crate::kernels::{Loader, Unit};
-use crate::options::Precision;
+use crate::options::{Precision, element_bytes};
 use crate::tensor::{Tensor, View};
 use crate::weight::Weight;
 
 /// Tokens up to which the weights of an expert are read for each of its tokens.
 const FEW_TOKENS: usize = 2;
+/// Entries of the average expert from which on its products are those of `grouped.cu`.
+const GROUPED_ENTRIES: usize = 16;
 
 pub(super) fn units() -> [Unit; 2] {
     [
@@ -88,6 +91,41 @@ struct CombineArgs {
     top_k: u32,
 }
 
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct GatherArgs {
+    x: u64,
+    sorted: u64,
+    out: u64,
+    hidden: u32,
+    ldx: u32,
+    top_k: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct CombineBf16Args {
+    y: u64,
+    place: u64,
+    out: u64,
+    hidden: u32,
+    top_k: u32,
+}
+
+/// What many tokens of bf16 need around the products of `grouped.cu`.
+struct Many {
+    gather_f32: Kernel,
+    gather_bf16: Kernel,
+    combine: Kernel,
+}
+
+/// The tokens that are routed: as they are, or rounded for products already.
+#[derive(Clone, Copy)]
+pub(crate) enum Tokens {
+    Wide(View),
+    Rounded(Operand),
+}
+
 /// The products of the experts in tiles of one height.
 struct Tiles {
     gate_up: Kernel,
@@ -107,6 +145,7 @@ pub(crate) struct Experts {
     combine: Kernel,
     /// By height, the highest first.
     tiles: Vec<Tiles>,
+    many: Option<Many>,
     precision: Precision,
 }
 
@@ -119,6 +158,15 @@ struct Sizes {
     entries: usize,
     hidden: usize,
     inter: usize,
+}
+
+impl Sizes {
+    /// Bytes of one of the three matrices of the experts that are chosen, if no two entries choose
+    /// the same while there are others, and operations of its product.
+    fn work(self, element: usize) -> (usize, usize) {
+        let matrix = self.inter * self.hidden;
+        (element * self.experts.min(self.entries) * matrix, 2 * self.entries * matrix)
+    }
 }
 
 /// Addresses within the workspace of routes.
@@ -149,6 +197,11 @@ pub(crate) fn workspace_bytes(
     [routes, act.max(few), entries.saturating_mul(4 * hidden)]
 }
 
+/// Bytes of the operand of the experts' first product, sorted.
+pub(crate) fn sorted_bytes(tokens: usize, top_k: usize, hidden: usize) -> usize {
+    tokens.saturating_mul(top_k).saturating_mul(2 * hidden)
+}
+
 impl Experts {
     pub(crate) fn load(loader: &Loader) -> crate::Result<Self> {
         let [moe, tiles] = units().map(|unit| loader.module(&unit));
@@ -167,12 +220,19 @@ impl Experts {
             ],
             Precision::F32 => vec![load("moe_gate_up_64", "moe_down_64", 64, 64, 0)?],
         };
+        let many = || {
+            let (gather_f32, gather_bf16) =
+                (moe.kernel("moe_gather_f32")?, moe.kernel("moe_gather_bf16")?);
+            let combine = moe.kernel("moe_combine_bf16")?;
+            Ok::<_, Error>(Many { gather_f32, gather_bf16, combine })
+        };
         Ok(Self {
             route: moe.overlapping("moe_route")?,
             sort: moe.overlapping("moe_sort")?,
             gate_up_rows: moe.overlapping("moe_gate_up_rows")?,
             down_rows: moe.overlapping("moe_down_rows")?,
             combine: moe.overlapping("moe_combine")?,
+            many: (loader.precision == Precision::Bf16).then(many).transpose()?,
             tiles,
             precision: loader.precision,
         })
@@ -182,13 +242,14 @@ impl Experts {
     pub(crate) fn run(
         &self,
         device: &Device,
-        (x, router_logits): (View, &Tensor),
+        (x, router_logits): (Tokens, &Tensor),
         weights: &Moe<Weight>,
         (top_k, inter): (usize, usize),
-        (linear, workspaces): (&Linear, &mut Workspaces),
+        (linear, grouped, workspaces): (&Linear, Option<&Grouped>, &mut Workspaces),
         out: &mut Tensor,
     ) -> Result<()> {
-        let (tokens, hidden, experts) = (x.rows, x.cols, router_logits.cols());
+        let (hidden, experts) = (out.cols(), router_logits.cols());
+        let tokens = router_logits.rows();
         let entries = tokens * top_k;
         let s = Sizes { tokens, experts, top_k, entries, hidden, inter };
         if tokens == 0 {
@@ -218,15 +279,44 @@ impl Experts {
         // SAFETY: the logits are (tokens, experts), the lists of the workspace have an element
         // for every entry, and top_k is at most the number of experts.
         unsafe { device.launch(&self.route, &grid, &args) }?;
-        if tokens <= FEW_TOKENS {
+        if let Tokens::Wide(x) = x
+            && tokens <= FEW_TOKENS
+        {
             return self.few(device, s, routes, x, weights, act, out);
         }
         let y = workspaces.expert_out.reserve(device, bytes[2])?;
-        let x = match self.precision {
-            Precision::F32 => Operand { ptr: x.ptr, rows: x.rows, ld: x.ld },
-            Precision::Bf16 => linear.cast(device, x, &mut workspaces.cast)?,
+        self.sort(device, s, routes)?;
+        if let (Some(many), Some(grouped)) = (&self.many, grouped)
+            && entries >= GROUPED_ENTRIES * experts
+            && Grouped::fits(hidden)
+            && Grouped::fits(inter)
+        {
+            let bytes = sorted_bytes(tokens, top_k, hidden);
+            let sorted = workspaces.cast.reserve(device, bytes)?;
+            many.gather(device, s, routes, x, sorted)?;
+            let operands = (sorted, act, y);
+            return many.products(device, s, routes, operands, (grouped, weights), out);
+        }
+        let x = match (x, self.precision) {
+            (Tokens::Rounded(x), _) => x,
+            (Tokens::Wide(x), Precision::F32) => Operand { ptr: x.ptr, rows: x.rows, ld: x.ld },
+            (Tokens::Wide(x), Precision::Bf16) => linear.cast(device, x, &mut workspaces.cast)?,
         };
         self.tiles(device, s, routes, x, weights, (act, y), out)
+    }
+
+    fn sort(&self, device: &Device, s: Sizes, routes: Routes) -> crate::Result<()> {
+        let grid = Grid::new("moe_sort", [s.experts, 1, 1], 256, 0)?;
+        let args = SortArgs {
+            expert: routes.expert,
+            start: routes.start,
+            sorted: routes.sorted,
+            place: routes.place,
+            entries: s.entries as u32,
+            experts: s.experts as u32,
+        };
+        // SAFETY: the lists have an element for every entry, `start` one more than experts.
+        unsafe { device.launch(&self.sort, &grid, &args) }
     }
 
     fn few(
@@ -250,7 +340,9 @@ impl Experts {
             top_k: s.top_k as u32,
             ldw: weights.gate_up_proj.ld(),
         };
-        let grid = Grid::new("moe_gate_up_rows", [s.inter.div_ceil(4), s.entries, 1], 128, 0)?;
+        let (matrices, operations) = s.work(element_bytes(self.precision));
+        let grid = Grid::new("moe_gate_up_rows", [s.inter.div_ceil(4), s.entries, 1], 128, 0)?
+            .doing(2 * matrices, 2 * operations);
         // SAFETY: every entry's expert is one of the weights', x has a row for every token, and
         // the workspace one of `inter` for every entry.
         unsafe { device.launch(&self.gate_up_rows, &grid, &gate_up) }?;
@@ -261,7 +353,8 @@ impl Experts {
             ldw: weights.down_proj.ld(),
             ..gate_up
         };
-        let grid = Grid::new("moe_down_rows", [s.hidden.div_ceil(4), s.tokens, 1], 128, 0)?;
+        let grid = Grid::new("moe_down_rows", [s.hidden.div_ceil(4), s.tokens, 1], 128, 0)?
+            .doing(matrices, operations);
         // SAFETY: as above; the activations were written by the launch before, and out has a row
         // for every token.
         unsafe { device.launch(&self.down_rows, &grid, &down) }?;
@@ -278,18 +371,6 @@ impl Experts {
         (act, y): (u64, u64),
         out: &mut Tensor,
     ) -> Result<()> {
-        let grid = Grid::new("moe_sort", [s.experts, 1, 1], 256, 0)?;
-        let args = SortArgs {
-            expert: routes.expert,
-            start: routes.start,
-            sorted: routes.sorted,
-            place: routes.place,
-            entries: s.entries as u32,
-            experts: s.experts as u32,
-        };
-        // SAFETY: the lists have an element for every entry, `start` one more than experts.
-        unsafe { device.launch(&self.sort, &grid, &args) }?;
-
         // The highest tiles that the average expert fills to a third.
         let filled = |t: &&Tiles| s.entries >= s.experts * t.tile / 3;
         let Some(kernels) = self.tiles.iter().find(filled).or(self.tiles.last()) else {
@@ -312,8 +393,11 @@ impl Experts {
             ldw: weights.gate_up_proj.ld(),
             ldact,
         };
+        let element = element_bytes(self.precision);
+        let (matrices, operations) = s.work(element);
         let blocks = [count, s.inter.div_ceil(kernels.cols / 2), 1];
-        let grid = Grid::new("moe_gate_up", blocks, 256, kernels.shared)?;
+        let grid = Grid::new("moe_gate_up", blocks, 256, kernels.shared)?
+            .doing(2 * matrices + s.entries * element * (s.hidden + s.inter), 2 * operations);
         // SAFETY: the sorted entries are those of the tokens of x; the weights have 2 inter rows
         // for every expert, of a stride that is padded with zeros as that of x is; the workspace
         // has a row of ldact for every entry.
@@ -328,14 +412,72 @@ impl Experts {
             ..gate_up
         };
         let blocks = [count, s.hidden.div_ceil(kernels.cols), 1];
-        let grid = Grid::new("moe_down", blocks, 256, kernels.shared)?;
+        let grid = Grid::new("moe_down", blocks, 256, kernels.shared)?
+            .doing(matrices + s.entries * (element * s.inter + 4 * s.hidden), operations);
         // SAFETY: as above; y has a row of `hidden` for every entry.
         unsafe { device.launch(&kernels.down, &grid, &down) }?;
 
-        let grid = Grid::new("moe_combine", [s.tokens, 1, 1], 256, 0)?;
+        let grid = Grid::new("moe_combine", [s.tokens, 1, 1], 256, 0)?
+            .doing(4 * (s.entries + s.tokens) * s.hidden, 0);
         let (place, p, out) = (routes.place, routes.p, out.ptr());
         let (hidden, top_k) = (s.hidden as u32, s.top_k as u32);
         let args = CombineArgs { y, place, p, out, hidden, top_k };
+        // SAFETY: every entry has its place among the rows of y; out has a row for every token.
+        unsafe { device.launch(&self.combine, &grid, &args) }?;
+        Ok(())
+    }
+}
+
+impl Many {
+    /// The rows of the sorted entries.
+    fn gather(
+        &self,
+        device: &Device,
+        s: Sizes,
+        routes: Routes,
+        x: Tokens,
+        out: u64,
+    ) -> crate::Result<()> {
+        let (kernel, element, x, ldx) = match x {
+            Tokens::Wide(x) => (&self.gather_f32, 4, x.ptr, x.ld),
+            Tokens::Rounded(x) => (&self.gather_bf16, 2, x.ptr, x.ld),
+        };
+        let (hidden, top_k) = (s.hidden as u32, s.top_k as u32);
+        let grid = Grid::new("moe_gather", [s.entries, 1, 1], 256, 0)?
+            .doing((element * s.tokens + 2 * s.entries) * s.hidden, 0);
+        let args = GatherArgs { x, sorted: routes.sorted, out, hidden, ldx, top_k };
+        // SAFETY: every entry is one of a row of x, which has `hidden` columns, a multiple of 8,
+        // and whole rows of a tensor or a workspace as its own; `out` has a row for every entry.
+        unsafe { device.launch(kernel, &grid, &args) }
+    }
+
+    fn products(
+        &self,
+        device: &Device,
+        s: Sizes,
+        routes: Routes,
+        (x, act, y): (u64, u64, u64),
+        (grouped, weights): (&Grouped, &Moe<Weight>),
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let matrices =
+            |w: &Weight| Ok::<_, jamba_core::Error>(Matrices { ptr: w.matrix()?, ld: w.ld() });
+        let (gate_up, down) = (matrices(&weights.gate_up_proj)?, matrices(&weights.down_proj)?);
+        let Routes { start, sorted, p, .. } = routes;
+        let groups = Groups::Experts { experts: s.experts, start, sorted, p };
+        let x = Operand { ptr: x, rows: s.entries, ld: s.hidden as u32 };
+        // SAFETY: x has `hidden` columns, the weights 2 inter rows for every expert, and the
+        // workspace a row of inter for every entry; weights and workspaces are aligned.
+        unsafe { grouped.swiglu(device, (x, s.hidden), gate_up, groups, (act, s.inter)) }?;
+        let act = Operand { ptr: act, rows: s.entries, ld: s.inter as u32 };
+        // SAFETY: as above, of `hidden` rows for every expert; y has a row for every entry.
+        unsafe { grouped.plain(device, (act, s.inter), down, groups, (y, s.hidden)) }?;
+
+        let grid = Grid::new("moe_combine", [s.tokens, 1, 1], 256, 0)?
+            .doing((2 * s.entries + 4 * s.tokens) * s.hidden, 0);
+        let (place, out) = (routes.place, out.ptr());
+        let (hidden, top_k) = (s.hidden as u32, s.top_k as u32);
+        let args = CombineBf16Args { y, place, out, hidden, top_k };
         // SAFETY: every entry has its place among the rows of y; out has a row for every token.
         unsafe { device.launch(&self.combine, &grid, &args) }?;
         Ok(())

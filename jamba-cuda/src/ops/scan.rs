@@ -6,6 +6,7 @@ use jamba_core::{Result, SelectiveScan};
 use crate::device::{Device, Grid, Kernel};
 use crate::error::Error;
 use crate::kernels::{Loader, Unit};
+use crate::options::Precision;
 use crate::state::{Channels, Staged};
 use crate::tensor::{Tensor, View};
 use crate::weight::Weight;
@@ -36,10 +37,11 @@ impl Shape {
         (128 / self.lanes()).clamp(8, 32)
     }
 
-    /// Bytes of `Shared` of scan.cu.
-    fn shared(self) -> usize {
+    /// Bytes of `Shared` of scan.cu, of elements of so many bytes.
+    fn shared(self, element: usize) -> usize {
         let (channels, padded) = (self.channels(), self.lanes() * self.states);
-        4 * CHUNK * (2 * (3 * channels + 2 * padded) + 2 * channels + channels + 1)
+        let inputs = 4 * 3 * channels * element;
+        CHUNK * (inputs + 2 * (2 * 4 * padded + 8 * channels + 4 * (channels + 1)))
     }
 }
 
@@ -116,14 +118,18 @@ impl<'a> From<&SelectiveScan<'a, Tensor, Weight>> for Operands<'a> {
 pub(crate) struct Scan {
     any: Kernel,
     aligned: Kernel,
+    /// For x, dt, z and y in bf16.
+    rounded: Option<Kernel>,
     shape: Shape,
 }
 
 impl Scan {
     pub(crate) fn load(loader: &Loader, d_state: usize) -> crate::Result<Self> {
         let (shape, module) = (Shape::new(d_state)?, loader.module(&unit(d_state)?)?);
-        let kernel = |name| module.overlapping_with_shared(name, shape.shared());
+        let kernel = |name| module.overlapping_with_shared(name, shape.shared(4));
+        let rounded = || module.overlapping_with_shared("selective_scan_bf16", shape.shared(2));
         Ok(Self {
+            rounded: (loader.precision == Precision::Bf16).then(rounded).transpose()?,
             any: kernel("selective_scan")?,
             aligned: kernel("selective_scan_aligned")?,
             shape,
@@ -139,10 +145,44 @@ impl Scan {
         state: &Channels,
         y: &mut Tensor,
     ) -> Result<()> {
+        let sizes = state.channels.is_multiple_of(4) && state.per_channel.is_multiple_of(4);
+        let aligned = sizes && [o.x, o.dt, o.z, o.b, o.c].iter().all(View::aligned);
+        let kernel = if aligned { &self.aligned } else { &self.any };
+        self.launch(device, (kernel, 4), o, batch, state, y.ptr())
+    }
+
+    /// The same with x, dt, z and y in bf16, in bf16 mode: channels, and strides in elements,
+    /// multiples of 8, `d_state` and the strides of B and C of 4.
+    pub(crate) fn rounded(
+        &self,
+        device: &Device,
+        o: &Operands<'_>,
+        batch: &Staged,
+        state: &Channels,
+        y: u64,
+    ) -> Result<()> {
+        let Some(kernel) = &self.rounded else { return Ok(()) };
+        self.launch(device, (kernel, 2), o, batch, state, y)
+    }
+
+    fn launch(
+        &self,
+        device: &Device,
+        (kernel, element): (&Kernel, usize),
+        o: &Operands<'_>,
+        batch: &Staged,
+        state: &Channels,
+        y: u64,
+    ) -> Result<()> {
         let blocks = state.channels.div_ceil(self.shape.channels());
         let threads = self.shape.channels() * self.shape.lanes();
+        // x, dt, z and y; B and C; states, read and written, and A.
+        let (channels, d_state) = (state.channels, state.per_channel);
+        let bytes = 4 * element * batch.tokens * channels
+            + 4 * (2 * batch.tokens * d_state + (2 * batch.runs + 1) * channels * d_state);
         let grid = [batch.runs * blocks, 1, 1];
-        let grid = Grid::new("selective_scan", grid, threads, self.shape.shared())?;
+        let grid = Grid::new("selective_scan", grid, threads, self.shape.shared(element))?
+            .doing(bytes, 7 * batch.tokens * channels * d_state);
         let args = ScanArgs {
             x: o.x.ptr,
             dt: o.dt.ptr,
@@ -153,7 +193,7 @@ impl Scan {
             d: o.d.vector()?,
             dt_bias: o.dt_bias.vector()?,
             state: state.values.ptr(),
-            y: y.ptr(),
+            y,
             runs: batch.runs_ptr(),
             d_inner: state.channels as u32,
             blocks: blocks as u32,
@@ -163,9 +203,6 @@ impl Scan {
             ldb: o.b.ld,
             ldc: o.c.ld,
         };
-        let sizes = state.channels.is_multiple_of(4) && state.per_channel.is_multiple_of(4);
-        let aligned = sizes && [o.x, o.dt, o.z, o.b, o.c].iter().all(View::aligned);
-        let kernel = if aligned { &self.aligned } else { &self.any };
         // SAFETY: all operands have a row for every staged token and the columns that the state's
         // shape says, which are those that the kernel was compiled for; staging saw to it that
         // every slot is one of the state. The kernel for aligned operands gets such.

@@ -26,6 +26,7 @@ pub(crate) fn trials(precision: Precision) -> Vec<Trial> {
     vec![
         trial("edges", edges),
         trial("stored", stored),
+        trial("prompts", prompts),
         trial("long", long),
         trial("copied", copied),
         trial("demo", demo),
@@ -33,12 +34,17 @@ pub(crate) fn trials(precision: Precision) -> Vec<Trial> {
     ]
 }
 
-/// The largest sizes that kernels are made for, layer by layer against the reference.
-fn edges(backend: CudaBackend) -> Result<(), Failed> {
-    let (precision, format) = match backend.precision() {
+/// The rows of the table that a precision is held to.
+fn of_table(precision: Precision) -> (jamba_tests::Precision, Format) {
+    match precision {
         Precision::F32 => (jamba_tests::Precision::F32, Format::F32),
         Precision::Bf16 => (jamba_tests::Precision::Bf16, Format::Bf16),
-    };
+    }
+}
+
+/// The largest sizes that kernels are made for, layer by layer against the reference.
+fn edges(backend: CudaBackend) -> Result<(), Failed> {
+    let (precision, format) = of_table(backend.precision());
     let mut config = Config::preset("jamba-tales-11m")?;
     (config.hidden_size, config.intermediate_size, config.vocab_size) = (48, 24, 101);
     [config.num_attention_heads, config.num_key_value_heads, config.head_dim] = [2, 2, 256];
@@ -96,6 +102,43 @@ fn stored(backend: CudaBackend) -> Result<(), Failed> {
     check(bf16.iter().any(|v| *v != 0.0), "logits of zero")?;
     check(bf16 == f16, "f16 gives other logits than bf16")?;
     check(bf16 == f32, "f32 gives other logits than bf16")
+}
+
+/// Prompts of two sequences, of more tokens than the kit's, and more after them: layer by layer
+/// against the reference, then whole steps. Both experts are always chosen, so that no rounding
+/// chooses others.
+fn prompts(backend: CudaBackend) -> Result<(), Failed> {
+    let (precision, format) = of_table(backend.precision());
+    let mut config = small();
+    (config.num_experts, config.num_experts_per_tok) = (2, 2);
+    let source = RandomParams { seed: 5, dtype: Dtype::Bf16 };
+    let limits = Limits { slots: 2, context: 400, tokens: 330, outputs: 330 };
+    let ids = text(3, 530, 1000);
+    let mut first = Batch::new();
+    first.push(1, 0, &ids[..201], Outputs::All);
+    first.push(0, 0, &ids[201..330], Outputs::All);
+    let mut second = Batch::new();
+    second.push(0, 129, &ids[330..331], Outputs::All);
+    second.push(1, 201, &ids[331..530], Outputs::All);
+    let batches = [first, second];
+
+    let cuda = Model::new(config.clone(), &source, backend)?;
+    let reference = Model::new(config.clone(), &source, ReferenceBackend::new())?;
+    let layers = &mut Layers::new(cuda.clone(), limits)?;
+    let report = lockstep(&mut Layers::new(reference.clone(), limits)?, layers, &batches)?;
+    let beyond = report.beyond(tolerance("lockstep", precision, format));
+    check(beyond.is_empty(), format!("{report}"))?;
+
+    let (mut cuda, mut reference) =
+        (ModelRunner::new(cuda, limits)?, ModelRunner::new(reference, limits)?);
+    for batch in &batches {
+        cuda.step(batch)?;
+        reference.step(batch)?;
+        let bound = tolerance("forward", precision, format);
+        let (element, rms) = close("prompts", &cuda.logits()?, &reference.logits()?, bound)?;
+        println!("{precision:?} prompts: element {element:.1e}, rms {rms:.1e}");
+    }
+    Ok(())
 }
 
 fn last_logits(

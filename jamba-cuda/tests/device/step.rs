@@ -77,9 +77,10 @@ fn graph_equals_eager(backend: CudaBackend) -> Result<(), Failed> {
     let vocab_size = model.config().vocab_size;
     let (mut graph, mut eager) = (By::new(&model, &LIMITS)?, By::new(&model, &LIMITS)?);
     let mut lengths = [0; SLOTS];
-    // Prompts of different lengths, one after the other, then together with a decode step.
+    // Prompts of different lengths, one after the other, which are too short for `prompt.rs`: the
+    // composition does not round what goes from block to block.
     for (slot, length) in lengths.iter_mut().enumerate() {
-        let prompt = text(slot as u64 + 1, 1 + slot * 17, vocab_size);
+        let prompt = text(slot as u64 + 1, 1 + slot * 12, vocab_size);
         let batch = Batch::single(slot, 0, &prompt, Outputs::Last);
         *length = prompt.len();
         let (got, expected) =

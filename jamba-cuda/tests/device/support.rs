@@ -60,8 +60,8 @@ pub(crate) fn support(precision: Precision) -> Support {
     }
 }
 
-/// How far two ways to the same logits may be from each other: less than the kit allows, as
-/// activations are f32 in both precisions.
+/// How far two ways to the same logits may be from each other: less than the kit allows, as the
+/// residual stream, sums and states are f32 in both precisions.
 pub(crate) fn law(precision: Precision) -> Tolerance {
     let reason = "four layers, products summed in another order";
     match precision {
