@@ -3,8 +3,9 @@
 // Layout: as in attention.cu; keys and values by maps of boxes of (KEYS, 64) over the rows of all
 // slots and heads.
 // Threads: a block per two segments of a run and head. One thread keeps STAGES tiles of KEYS keys
-// and values on their way; two groups of four warps have a segment each, 16 queries per warp, in
-// registers. While one group computes exponentials, the other multiplies.
+// and values on their way; two groups of four warps have a segment each, 16 queries per warp. While
+// one group computes exponentials, the other multiplies. (Queries in registers, 32 of them for heads
+// of 128, are not kept by the ptxas of CUDA 13.0: those of the weights p overwrite them.)
 // Constraints: HEAD_DIM 64 or 128; kv heads and the cache as in attention.cu.
 
 #define KEYS 128
@@ -23,6 +24,7 @@ struct GroupsArgs {
 
 struct GroupsShared {
     bf16 keys[STAGES][HALVES][KEYS][64], values[STAGES][HALVES][KEYS][64];
+    bf16 queries[2][HALVES][SEGMENT][64];
     u64 keys_full[STAGES], keys_empty[STAGES], values_full[STAGES], values_empty[STAGES];
 };
 
@@ -69,19 +71,24 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     // Rows of this thread: low, and low + 8.
     const u32 low = first + (group - 1) * SEGMENT + warp * 16 + lane / 4;
     const u32 stride = (a.heads + 2 * a.kv_heads) * HEAD_DIM;
-    u32 q[HEAD_DIM / 16][4];
+    bf16 (*queries)[SEGMENT][64] = s.queries[group - 1];
 #pragma unroll
-    for (int part = 0; part < 4; ++part) {
-        const u32 row = low + part % 2 * 8;
-        const float* x = a.qkv + (u64)(run.start + row) * stride + head * HEAD_DIM +
-                         part / 2 * 8 + lane % 4 * 2;
+    for (u32 e = threadIdx.x % 128; e < SEGMENT * HEAD_DIM / 8; e += 128) {
+        const u32 row = e / (HEAD_DIM / 8), chunk = e % (HEAD_DIM / 8);
+        const u32 t = first + (group - 1) * SEGMENT + row;
         const float scale = a.scale * 1.4426950408889634f;
-#pragma unroll
-        for (int d = 0; d < HEAD_DIM / 16; ++d) {
-            const float2 v = row < run.len ? *(const float2*)(x + d * 16) : make_float2(0, 0);
-            q[d][part] = pack_bf16(v.x * scale, v.y * scale);
+        uint4 q = make_uint4(0, 0, 0, 0);
+        if (t < run.len) {
+            const float4* x = (const float4*)(a.qkv + (u64)(run.start + t) * stride +
+                                              head * HEAD_DIM + chunk * 8);
+            const float4 u = x[0], v = x[1];
+            q = make_uint4(pack_bf16(u.x * scale, u.y * scale), pack_bf16(u.z * scale, u.w * scale),
+                           pack_bf16(v.x * scale, v.y * scale), pack_bf16(v.z * scale, v.w * scale));
         }
+        *swizzled(queries[chunk / 8], row, chunk % 8) = q;
     }
+    publish_shared();
+    group_sync(1 + group, 128);
     const bool arrives = threadIdx.x % 128 == 0;
     float m[2] = {-INFINITY_F, -INFINITY_F}, l[2] = {0, 0};
     float acc[HEAD_DIM / 2], scores[KEYS / 2];
@@ -92,8 +99,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         products_begin();
 #pragma unroll
         for (int d = 0; d < HEAD_DIM / 16; ++d) {
-            const u64 b = operand(s.keys[i][d / 4]) + d % 4 * 2;
-            product_registers(scores, q[d], b, d > 0);
+            const u64 q = operand(queries[d / 4]) + d % 4 * 2;
+            product_64_128(scores, q, operand(s.keys[i][d / 4]) + d % 4 * 2, d > 0);
         }
         products_commit();
         if (tile > 0) {

@@ -108,6 +108,11 @@ __device__ __forceinline__ void group_sync(u32 number, u32 threads) {
 // Operands lie in shared memory as boxes of 64 columns of bf16 (128 bytes) a row, in the order
 // that the copy engine's 128-byte swizzle gives them, at multiples of 1024 bytes.
 
+// Where 16 bytes of such a box are, `chunk` 16 bytes from the beginning of their row.
+__device__ __forceinline__ uint4* swizzled(bf16 (*box)[64], u32 row, u32 chunk) {
+    return (uint4*)&box[row][(chunk ^ row % 8) * 8];
+}
+
 // Where an operand begins: rows in groups of 8, 1024 bytes apart. 16 columns on are 2 more.
 __device__ __forceinline__ u64 operand(const void* p) {
     return (u64)((shared_address(p) & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
@@ -152,23 +157,24 @@ __device__ __forceinline__ void product_64_256(float (&c)[128], u64 a, u64 b, u3
         : "l"(a), "l"(b), "r"(add));
 }
 
-// c (64 x 128) = a (64 x 16) b (128 x 16)^T, plus c where `add`; a in registers, as for mma.
-__device__ __forceinline__ void product_registers(float (&c)[64], const u32 (&a)[4], u64 b, u32 add) {
+// c (64 x 128) = a (64 x 16) b (128 x 16)^T, plus c where `add`.
+__device__ __forceinline__ void product_64_128(float (&c)[64], u64 a, u64 b, u32 add) {
     asm volatile(
         "{\n"
         ".reg .pred add;\n"
-        "setp.ne.b32 add, %69, 0;\n"
+        "setp.ne.b32 add, %66, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
         "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, add, 1, 1, 0;\n"
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, add, 1, 1, 0, 0;\n"
         "}\n"
         : SUMS_32(c, 0), SUMS_32(c, 32)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+        : "l"(a), "l"(b), "r"(add));
 }
 
-// c (64 x 128) = a (64 x 16) b (16 x 128), plus c where `add`: rows of b are columns of the other.
+// c (64 x 128) = a (64 x 16) b (16 x 128), plus c where `add`: a in registers, as for mma, rows of b
+// columns of the other.
 __device__ __forceinline__ void product_columns(float (&c)[64], const u32 (&a)[4], u64 b, u32 add) {
     asm volatile(
         "{\n"

@@ -54,7 +54,7 @@ impl AttentionGroups {
             return Ok(None);
         }
         // `GroupsShared` of attention_groups.cu, and what aligns it.
-        let shared = 2 * 2 * 128 * head_dim * 2 + 2 * 4 * 8 + 1024;
+        let shared = (2 * 2 * 128 + 2 * 64) * head_dim * 2 + 2 * 4 * 8 + 1024;
         let kernel =
             loader.module(&unit(head_dim))?.kernel_with_shared("attention_groups", shared)?;
         Ok(Some(Self { kernel, shared }))
