@@ -103,7 +103,7 @@ impl Staged {
     fn new(device: &Device, limits: &Limits) -> Result<Self> {
         let words = staged_words(limits);
         Ok(Self {
-            words: device.alloc(4 * words)?,
+            words: device.alloc(words.saturating_mul(4))?,
             staging: Staging::new(device, words)?,
             limits: *limits,
             tokens: 0,
@@ -228,9 +228,13 @@ impl State {
     ) -> Result<Self> {
         let &Limits { slots, context, .. } = limits;
         let (d_inner, kv_heads) = (config.d_inner(), config.num_key_value_heads);
-        let kv = slots * kv_heads * context * config.head_dim * kv_element_bytes(precision);
+        // What no address can be made for is refused as what there is no memory for.
+        let product =
+            |sizes: &[usize]| sizes.iter().fold(1, |n: usize, &size| n.saturating_mul(size));
+        let element = kv_element_bytes(precision);
+        let kv = product(&[slots, kv_heads, context, config.head_dim, element]);
         let channels = |per_channel| {
-            let values = device.alloc(4 * slots * d_inner * per_channel)?;
+            let values = device.alloc(product(&[4, slots, d_inner, per_channel]))?;
             Ok(Channels { values, channels: d_inner, per_channel })
         };
         let layer = |mixer| match mixer {
