@@ -1,11 +1,16 @@
 //! What goes wrong is an error that says what to do, on a machine with a card and without.
 
+use std::cell::{Cell, RefCell};
 use std::process::Command;
+use std::sync::Arc;
 
 use jamba_core::backend::Backend;
+use jamba_core::random::RandomParams;
 use jamba_core::weights::ParamSpec;
-use jamba_core::{Batch, Config, Limits, Model, ModelRunner, Outputs, Param, ParamSource, Runner};
-use jamba_cuda::{CudaBackend, CudaOptions, Error, KernelCache, Precision};
+use jamba_core::{
+    Batch, Config, Dtype, Limits, Model, ModelRunner, Outputs, Param, ParamSource, Runner,
+};
+use jamba_cuda::{CudaBackend, CudaOptions, Error, KernelCache, Precision, Tensor};
 use libtest_mimic::{Failed, Trial};
 
 use crate::support::{cache, check, guarded, open, random, small};
@@ -22,6 +27,11 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("damaged_cache", damaged_cache),
         trial("a_kernel_that_fails", a_kernel_that_fails),
     ]
+}
+
+/// What takes the whole card: not beside others.
+pub(crate) fn alone() -> Vec<Trial> {
+    vec![Trial::test("faults::out_of_memory_in_the_middle", out_of_memory_in_the_middle)]
 }
 
 pub(crate) fn anywhere() -> Vec<Trial> {
@@ -114,6 +124,63 @@ fn out_of_memory() -> Result<(), Failed> {
     check(read == [1.0, 2.0], "the backend does not survive it")
 }
 
+/// All memory of the card but what is too little for anything.
+fn all_memory(backend: &CudaBackend) -> Vec<Tensor> {
+    let mut taken = Vec::new();
+    for rows in [1 << 18, 1 << 14, 1 << 10, 1] {
+        // Of 4 KiB a row.
+        while let Ok(tensor) = backend.alloc(rows, 1024) {
+            taken.push(tensor);
+        }
+    }
+    taken
+}
+
+/// Parameters, before one of which all memory of the card is taken, as if by another process.
+struct Thief<'a> {
+    backend: &'a CudaBackend,
+    parameters: Cell<usize>,
+    taken: RefCell<Vec<Tensor>>,
+}
+
+impl ParamSource for Thief<'_> {
+    fn param(&self, spec: &ParamSpec) -> jamba_core::Result<Param> {
+        self.parameters.set(self.parameters.get() + 1);
+        if self.parameters.get() == 20 {
+            *self.taken.borrow_mut() = all_memory(self.backend);
+        }
+        RandomParams { seed: 1, dtype: Dtype::Bf16 }.param(spec)
+    }
+}
+
+/// Memory that was there when the plan was checked, and is not when it is taken: the load fails,
+/// what it had is free again, and the card goes on.
+fn out_of_memory_in_the_middle() -> Result<(), Failed> {
+    let backend = Arc::new(open(Precision::Bf16)?);
+    let config = Config::preset("jamba-tales-11m")?;
+    let limits = Limits { slots: 1, context: 64, tokens: 16, outputs: 1 };
+    let parts = (Cell::new(0), RefCell::default());
+    let thief = Thief { backend: &backend, parameters: parts.0, taken: parts.1 };
+    let error = Model::new(config.clone(), &thief, backend.clone()).err().ok_or("it is loaded")?;
+    let (parameters, message) = (thief.parameters.get(), error.to_string());
+    check(parameters >= 20, format!("it ended at parameter {parameters}: {message}"))?;
+    check(message.contains("out of device memory"), message)?;
+    drop(thief);
+
+    let source = RandomParams { seed: 1, dtype: Dtype::Bf16 };
+    let model = Model::new(config.clone(), &source, backend.clone())?;
+    let taken = all_memory(&backend);
+    check(taken.len() > 3, "nothing was taken")?;
+    let error = ModelRunner::new(model.clone(), limits).err().ok_or("a runner was made")?;
+    check(error.to_string().contains("does not fit"), error.to_string())?;
+    // Without the plan before it.
+    check(backend.new_state(&config, &limits).is_err(), "a state was made")?;
+    drop(taken);
+    let mut runner = ModelRunner::new(model, limits)?;
+    runner.step(&Batch::single(0, 0, &[1, 2, 3], Outputs::Last))?;
+    check(runner.logits()?.iter().all(|v| v.is_finite()), "no logits after it")
+}
+
 /// A runner that is refused, or fails to be made, leaves the others as they were.
 fn others_go_on() -> Result<(), Failed> {
     guarded(Precision::Bf16, |backend| {
@@ -141,11 +208,27 @@ fn damaged_cache() -> Result<(), Failed> {
         CudaBackend::with_options(CudaOptions { cache, ..CudaOptions::default() })
     };
     open_here()?;
+    let kept = || -> std::io::Result<Vec<_>> {
+        let entries = std::fs::read_dir(folder.path())?;
+        entries.map(|entry| entry.and_then(|entry| std::fs::read(entry.path()))).collect()
+    };
+    let (whole, mut is_first) = (kept()?, true);
     for entry in std::fs::read_dir(folder.path())? {
-        std::fs::write(entry?.path(), b"not a cubin")?;
+        // Cut in the middle, as by a full disk, or something else.
+        let (path, bytes) = (entry?.path(), b"not a cubin");
+        let half = std::fs::read(&path)?.len() / 2;
+        match std::mem::take(&mut is_first) {
+            true => std::fs::File::options().write(true).open(path)?.set_len(half as u64)?,
+            false => std::fs::write(path, bytes)?,
+        }
     }
     open_here()?;
-    Ok(())
+    check(kept()?.len() == whole.len(), "other files")?;
+    check(kept()? == whole, "what was damaged is not made anew")?;
+    // Without a cache nothing is written.
+    let off = CudaOptions { cache: KernelCache::Off, ..CudaOptions::default() };
+    CudaBackend::with_options(off)?;
+    check(kept()? == whole, "files were written")
 }
 
 /// Set in the process that is to see a kernel fail: no other could use the device after it.
@@ -167,12 +250,18 @@ pub(crate) fn after_a_trap() -> Result<(), Failed> {
     let model = random(config, 1, backend)?;
     let mut runner = ModelRunner::new(model.clone(), limits)?;
     runner.step(&Batch::single(0, 0, &[1, 2, 3], Outputs::Last))?;
+    // A graph among what is dropped.
+    for at in 3..6 {
+        runner.step(&Batch::single(0, at, &[4], Outputs::Last))?;
+    }
     let logits = runner.logits()?;
     let backend = model.backend();
     backend.trap()?;
     let error = backend.synchronize().err().ok_or("the failure is not told")?;
     check(matches!(error, Error::Driver { .. }), format!("{error:?}"))?;
-    check(runner.step(&Batch::single(0, 3, &[4], Outputs::Last)).is_err(), "a step works")?;
+    check(runner.step(&Batch::single(0, 6, &[4], Outputs::Last)).is_err(), "a step works")?;
+    check(runner.step(&Batch::single(0, 6, &[4, 5], Outputs::Last)).is_err(), "another works")?;
+    check(ModelRunner::new(model.clone(), limits).is_err(), "a runner is made")?;
     check(runner.logits().is_err(), "logits can be read")?;
     check(backend.alloc(1, 1).is_err(), "memory is allocated")?;
     check(open(Precision::F32).is_err(), "the device can be opened anew")?;

@@ -1,10 +1,12 @@
 //! Every kernel compiles for every architecture that there is a difference for. Needs NVRTC.
 
-use jamba_core::Config;
-use jamba_cuda::{Error, Precision, compile};
-use libtest_mimic::Trial;
+use std::path::{Path, PathBuf};
 
-use crate::support::cache;
+use jamba_core::Config;
+use jamba_cuda::{Error, KernelCache, Precision, compile};
+use libtest_mimic::{Failed, Trial};
+
+use crate::support::{cache, check};
 
 const ARCHITECTURES: [&str; 2] = ["sm_80", "sm_90a"];
 
@@ -49,5 +51,44 @@ pub(crate) fn trials() -> Vec<Trial> {
             }
         }
     }
+    trials.push(Trial::test("compile::cached", cached).with_ignored_flag(missing));
     trials
+}
+
+/// What is in the folder: names and contents, sorted.
+fn kept(folder: &Path) -> std::io::Result<Vec<(PathBuf, Vec<u8>)>> {
+    let paths = std::fs::read_dir(folder)?.map(|entry| Ok(entry?.path()));
+    let mut paths = paths.collect::<std::io::Result<Vec<_>>>()?;
+    paths.sort();
+    paths.into_iter().map(|path| Ok((path.clone(), std::fs::read(path)?))).collect()
+}
+
+/// What is kept is used again; what is damaged is made anew; another architecture, precision or
+/// size has files of its own, and does not find those.
+fn cached() -> Result<(), Failed> {
+    let folder = tempfile::tempdir()?;
+    let cache = KernelCache::Folder(folder.path().to_owned());
+    let mut config = Config::preset("jamba-tales-11m")?;
+    let all = compile(&config, Precision::F32, "sm_80", &cache)?;
+    let first = kept(folder.path())?;
+    check(first.len() == all.len(), format!("{} files of {} kernels", first.len(), all.len()))?;
+    let times = || -> std::io::Result<Vec<_>> {
+        first.iter().map(|(path, _)| path.metadata()?.modified()).collect()
+    };
+    let before = times()?;
+    compile(&config, Precision::F32, "sm_80", &cache)?;
+    check(times()? == before, "what is there was compiled again")?;
+    let (damaged, whole) = &first[0];
+    std::fs::write(damaged, &whole[..whole.len() - 1])?;
+    compile(&config, Precision::F32, "sm_80", &cache)?;
+    check(kept(folder.path())? == first, "a damaged file was left")?;
+
+    config.mamba_d_conv += 1;
+    compile(&config, Precision::F32, "sm_80", &cache)?;
+    let sized = kept(folder.path())?.len() - first.len();
+    check(sized == 1, format!("{sized} files more for another size"))?;
+    compile(&config, Precision::F32, "sm_90a", &cache)?;
+    let both = kept(folder.path())?;
+    check(both.len() == first.len() + sized + all.len(), "architectures share files")?;
+    check(first.iter().all(|file| both.contains(file)), "files of one replaced those of another")
 }

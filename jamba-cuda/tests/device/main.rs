@@ -11,6 +11,7 @@ mod faults;
 mod greedy;
 mod kernels;
 mod models;
+mod prompts;
 mod step;
 mod support;
 
@@ -43,24 +44,32 @@ fn main() -> ExitCode {
         trials.extend(greedy::trials(precision));
     }
     trials.extend(faults::trials());
+    let mut alone = faults::alone();
     match PRECISIONS.map(open) {
         [Ok(f32), Ok(bf16)] => println!("{f32:?} and {bf16:?}"),
         missing => {
             let reason = missing.into_iter().find_map(Result::err);
             let reason = reason.map_or(String::new(), |reason| reason.to_string());
             println!("not run: no CUDA device: {} trials: {reason}", trials.len());
-            trials = trials.into_iter().map(|trial| trial.with_ignored_flag(true)).collect();
+            let ignored = |trial: Trial| trial.with_ignored_flag(true);
+            trials = trials.into_iter().map(ignored).collect();
+            alone = alone.into_iter().map(ignored).collect();
         }
     }
     trials.extend(kernels::trials());
     trials.extend(faults::anywhere());
-    let conclusion = libtest_mimic::run(&arguments, trials);
+    trials.push(prompts::trial());
+    let exit = libtest_mimic::run(&arguments, trials).exit_code();
+    let exit = match libtest_mimic::run(&arguments, alone).has_failed() {
+        true => ExitCode::FAILURE,
+        false => exit,
+    };
     if let KernelCache::Folder(folder) = cache()
         && std::env::var_os(KERNELS).is_none()
     {
         let _ = std::fs::remove_dir_all(folder);
     }
-    conclusion.exit_code()
+    exit
 }
 
 /// The conformance kit, each case on a backend of its own.

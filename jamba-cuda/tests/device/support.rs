@@ -10,6 +10,8 @@ use jamba_tests::tolerance::Tolerance;
 use jamba_tests::{Format, Support};
 use libtest_mimic::Failed;
 
+use crate::prompts;
+
 pub(crate) const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
 
 /// Names a folder for compiled kernels that stays: for several runs one after another.
@@ -50,13 +52,20 @@ pub(crate) fn guarded<T>(
     }
 }
 
-/// What the conformance kit is to ask of a precision.
+/// What the conformance kit is to ask of a precision: prompts first, then random problems.
 pub(crate) fn support(precision: Precision) -> Support {
+    let support = Support::default().regressions(&prompts::regressions(precision));
     match precision {
-        Precision::F32 => Support::default(),
-        Precision::Bf16 => {
-            Support::default().precision(jamba_tests::Precision::Bf16).weights(&[Format::Bf16])
-        }
+        Precision::F32 => support,
+        Precision::Bf16 => support.precision(jamba_tests::Precision::Bf16).weights(&[Format::Bf16]),
+    }
+}
+
+/// The rows of the table of tolerances that a precision is held to.
+pub(crate) fn of_table(precision: Precision) -> (jamba_tests::Precision, Format) {
+    match precision {
+        Precision::F32 => (jamba_tests::Precision::F32, Format::F32),
+        Precision::Bf16 => (jamba_tests::Precision::Bf16, Format::Bf16),
     }
 }
 
