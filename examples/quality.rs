@@ -32,9 +32,16 @@ struct Args {
     /// Tokens of the text at most.
     #[arg(long, value_name = "N")]
     tokens: Option<usize>,
+    /// Tokens of a step.
+    #[arg(long, value_name = "N", default_value = "128")]
+    chunk: std::num::NonZeroUsize,
     /// Where to run.
     #[arg(long, value_enum, default_value = "cpu")]
     backend: BackendName,
+    /// Where to run the stored weights that others are compared with [default: there too]. With
+    /// --quant stored it shows what the other backend's precision costs.
+    #[arg(long, value_enum)]
+    base: Option<BackendName>,
     /// Print one JSON object: tokens, formats [format, bytes, loss, delta, kl, agreement].
     #[arg(long)]
     json: bool,
@@ -47,7 +54,7 @@ fn main() -> ExitCode {
 fn quality(args: &Args) -> Result<()> {
     let folder = model_folder(args.model.as_deref())?;
     let windows = windows(args, &folder)?;
-    let stored = args.backend.load(&folder, WeightFormat::Stored)?;
+    let stored = args.base.unwrap_or(args.backend).load(&folder, WeightFormat::Stored)?;
     let formats = match args.quant.as_slice() {
         [] => WeightFormat::ALL[1..].to_vec(),
         some => some.to_vec(),
@@ -57,7 +64,7 @@ fn quality(args: &Args) -> Result<()> {
         let start = Instant::now();
         let model = args.backend.load(&folder, format)?;
         let load = start.elapsed();
-        let quality = Quality::measure(&*stored, &*model, &windows)?;
+        let quality = Quality::measure(&*stored, &*model, &windows, args.chunk.get())?;
         eprintln!(
             "[{format}: loaded in {:.2} s, {} tokens in {:.1} s]",
             load.as_secs_f64(),

@@ -23,7 +23,8 @@ pub struct Quality {
 }
 
 impl Quality {
-    /// Runs both models over the same windows of a text, each from its beginning.
+    /// Runs both models over the same windows of a text, each from its beginning, in steps of
+    /// `chunk` tokens.
     ///
     /// # Errors
     /// [`Error::EmptyPrompt`] if no window has two tokens, or what the models report.
@@ -31,13 +32,14 @@ impl Quality {
         base: &dyn LanguageModel,
         model: &dyn LanguageModel,
         windows: &[Vec<u32>],
+        chunk: usize,
     ) -> Result<Self> {
         let longest = windows.iter().map(Vec::len).max().unwrap_or(0);
         if longest < 2 {
             return Err(Error::EmptyPrompt);
         }
         // Each token takes a row of logits.
-        let chunk = longest.min(128);
+        let chunk = longest.min(chunk.max(1));
         let limits = Limits { slots: 1, context: longest, tokens: chunk, outputs: chunk };
         let mut runners = [base.runner(limits)?, model.runner(limits)?];
         let vocab_size = base.config().vocab_size;

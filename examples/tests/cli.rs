@@ -366,6 +366,9 @@ fn quality_of_all_formats() {
     assert_eq!((formats.len(), &formats[1]["format"]), (2, &Value::from("int4")));
     assert!(formats[1]["kl"].as_f64().unwrap() > 0.0, "{json}");
     assert!(formats[1]["bytes"].as_u64() < formats[0]["bytes"].as_u64(), "{json}");
+    let other = ["--backend", "cpu", "--base", "cpu-f32", "--quant", "stored", "--chunk", "7"];
+    let (out, _) = success(example("quality").args(["--tokens", "30"]).args(other));
+    assert_eq!(out.matches("stored").count(), 2, "{out}");
     refused(example("quality").args(["--quant", "q4"]), &["q4", "int4"]);
     refused(example("quality").args(["--window", "1"]), &["window"]);
 }

@@ -18,7 +18,7 @@ fn formats_keep_the_demo_model_as_good_as_it_is() {
     let load = |format| BackendName::CpuF32.load(&demo_model(), format).unwrap();
     let stored = load(WeightFormat::Stored);
     for (format, delta, kl, agreement) in BOUNDS {
-        let q = Quality::measure(&*stored, &*load(format), &windows).unwrap();
+        let q = Quality::measure(&*stored, &*load(format), &windows, 128).unwrap();
         println!("{format}: {q:?}, delta {:+.5}", q.delta());
         assert_eq!(q.tokens, 3 * 511);
         // What transformers computed in float32.
