@@ -102,9 +102,14 @@ impl Hasher {
         for part in &param.parts {
             self.bytes(part.dtype().to_string().as_bytes());
             part.shape().iter().for_each(|&n| self.word(n as u64));
-            let bytes = part.bytes();
-            for start in [0, bytes.len() / 2, bytes.len().saturating_sub(SAMPLE)] {
-                self.bytes(&bytes[start..bytes.len().min(start + SAMPLE)]);
+            let size = part.dtype().size();
+            let len = size * part.shape().iter().product::<usize>();
+            for start in [0, len / 2, len.saturating_sub(SAMPLE)] {
+                let end = len.min(start + SAMPLE);
+                // An element may begin before the middle.
+                let elements = start / size..end.div_ceil(size);
+                let before = start - elements.start * size;
+                self.bytes(&part.read(elements)[before..before + end - start]);
             }
         }
     }

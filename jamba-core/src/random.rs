@@ -1,6 +1,7 @@
 //! Random weights of any shape: to measure and to compare backends without a checkpoint.
-
-use half::{bf16, f16};
+//!
+//! Matrices are descriptions ([`Draw`]) until they are read: a model may be larger than the memory
+//! of the host, and a device can draw the same values by itself.
 
 use crate::checkpoint::ParamSource;
 use crate::error::Result;
@@ -42,33 +43,60 @@ impl ParamSource for RandomParams {
             Role::Vector => vector(&|r, _| 0.1 * r.normal()),
             Role::Conv => vector(&|r, _| fan_in * r.normal()),
             Role::A => vector(&|r, i| -((i % cols + 1) as f32) * (1.0 + 0.1 * r.normal())),
-            Role::Embedding => self.matrix(&random, spec, 1.0),
+            Role::Embedding => self.matrix(random, spec, 1.0),
             Role::Head
             | Role::Linear
             | Role::Selection
             | Role::Router
             | Role::Experts
-            | Role::Mlp => self.matrix(&random, spec, fan_in),
+            | Role::Mlp => self.matrix(random, spec, fan_in),
         };
         Ok(Param::new(spec.name.clone(), spec.role, tensor))
     }
 }
 
 impl RandomParams {
-    fn matrix(&self, random: &Random, spec: &ParamSpec, scale: f32) -> HostTensor {
-        let n = spec.shape.iter().product();
-        let halves = |bits: fn(f32) -> u16| {
-            let values = filled(n, random, |r| bits(scale * r.normal()));
-            HostTensor::from_halves(self.dtype, spec.shape.clone(), values)
-        };
-        match self.dtype {
-            Dtype::F16 => halves(|v| f16::from_f32(v).to_bits()),
-            Dtype::Bf16 => halves(|v| bf16::from_f32(v).to_bits()),
-            Dtype::F32 => {
-                let values = filled(n, random, |r| scale * r.normal());
-                HostTensor::from_f32(spec.shape.clone(), values)
-            }
-        }
+    fn matrix(&self, random: Random, spec: &ParamSpec, scale: f32) -> HostTensor {
+        let draw = Draw { state: random.state, scale };
+        HostTensor::drawn(self.dtype, spec.shape.clone(), draw)
+    }
+}
+
+/// Normal values, of which any can be drawn without those before it, on a device too. Number i is
+///
+/// ```text
+/// z = state + (i + 1) * 0x9e3779b97f4a7c15              SplitMix64, modulo 2^64
+/// z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9
+/// z = (z ^ (z >> 27)) * 0x94d049bb133111eb
+/// z = z ^ (z >> 31)
+/// value = (sum of the upper four bytes of z - 510) / 147.8 * scale
+/// ```
+///
+/// in f32, each operation rounded, and then rounded to the dtype of the tensor.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Draw {
+    /// The generator before the first value.
+    pub state: u64,
+    /// Standard deviation.
+    pub scale: f32,
+}
+
+impl Draw {
+    /// By which the generator grows with each value.
+    pub const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+
+    /// The values after the first `n`.
+    pub fn skip(self, n: usize) -> Self {
+        Self { state: self.state.wrapping_add(Self::STEP.wrapping_mul(n as u64)), ..self }
+    }
+
+    /// The first `n` values.
+    pub(crate) fn values<T: Copy + Default + Send>(
+        self,
+        n: usize,
+        to: impl Fn(f32) -> T + Sync,
+    ) -> Vec<T> {
+        filled(n, &Random { state: self.state }, |r| to(self.scale * r.normal()))
     }
 }
 
@@ -79,8 +107,10 @@ fn filled<T: Copy + Default + Send>(
     random: &Random,
     draw: impl Fn(&mut Random) -> T + Sync,
 ) -> Vec<T> {
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let part = n.div_ceil(threads).max(1 << 16);
+    const LEAST: usize = 1 << 16;
+    let threads = || std::thread::available_parallelism().map_or(1, |n| n.get());
+    // To ask for the threads takes longer than a few values.
+    let part = if n <= LEAST { LEAST } else { n.div_ceil(threads()).max(LEAST) };
     let mut values = vec![T::default(); n];
     std::thread::scope(|scope| {
         for (i, values) in values.chunks_mut(part).enumerate() {
@@ -95,8 +125,7 @@ fn filled<T: Copy + Default + Send>(
     values
 }
 
-/// By which the counter of [`Random`] grows.
-const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+const STEP: u64 = Draw::STEP;
 
 /// SplitMix64: a counter through a mixing function, fast enough for billions of weights.
 struct Random {
@@ -166,6 +195,39 @@ mod tests {
         let mut one = random.skip(0);
         let expected: Vec<u64> = (0..n).map(|_| one.next()).collect();
         assert_eq!(filled(n, &random, Random::next), expected);
+    }
+
+    #[test]
+    fn any_part_can_be_drawn_by_itself() {
+        let draw = Draw { state: 5, scale: 0.3 };
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+            let tensor = |shape| HostTensor::drawn(dtype, shape, draw);
+            let all = tensor(vec![7, 11]);
+            let part = all.read(30..41).into_owned();
+            assert_eq!(part, all.bytes()[30 * dtype.size()..41 * dtype.size()]);
+            assert_eq!(part, *all.read(30..41), "from what was drawn");
+            let mut values = [0.0; 11];
+            tensor(vec![7, 11]).read_f32(30, &mut values);
+            assert_eq!(values, all.to_f32()[30..41]);
+            let after = HostTensor::drawn(dtype, vec![47], draw.skip(30));
+            assert_eq!(*after.to_f32(), all.to_f32()[30..]);
+        }
+    }
+
+    #[test]
+    fn a_parameter_takes_no_memory_until_it_is_read() {
+        let config = Config::preset("jamba-1.5-large").unwrap();
+        let source = RandomParams { seed: 1, dtype: Dtype::F32 };
+        let (mut parts, mut elements) = (Vec::new(), 0);
+        Weights::layout(&config).for_each(|spec| {
+            if !matches!(spec.role, Role::Vector | Role::Conv | Role::A) {
+                elements += spec.elements();
+                parts.extend(source.param(spec).unwrap().parts);
+            }
+        });
+        let len = |part: &HostTensor| part.shape().iter().product::<usize>();
+        let drawn = parts.iter().all(|p| p.read(len(p) - 9..len(p)).iter().any(|b| *b != 0));
+        assert!(drawn && elements > 398_000_000_000, "{elements}");
     }
 
     #[test]

@@ -2,9 +2,11 @@
 
 use std::borrow::Cow;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use half::{bf16, f16};
+
+use crate::random::Draw;
 
 /// Element type of a stored parameter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -45,13 +47,19 @@ pub(crate) trait Bytes: AsRef<[u8]> + Send + Sync {
 
 pub(crate) type Owner = Arc<dyn Bytes>;
 
-/// Row-major elements of one stored tensor. A clone shares the bytes.
+/// Row-major elements of one tensor, stored or drawn at random. A clone shares the bytes.
 #[derive(Clone)]
 pub struct HostTensor {
     dtype: Dtype,
     shape: Vec<usize>,
-    owner: Owner,
-    bytes: Range<usize>,
+    elements: Elements,
+}
+
+#[derive(Clone)]
+enum Elements {
+    Stored(Owner, Range<usize>),
+    /// All of them once somebody has asked for all.
+    Drawn(Draw, Arc<OnceLock<Self>>),
 }
 
 impl HostTensor {
@@ -59,7 +67,22 @@ impl HostTensor {
     /// as the shape needs.
     pub(crate) fn view(dtype: Dtype, shape: Vec<usize>, owner: Owner, bytes: Range<usize>) -> Self {
         debug_assert_eq!(shape.iter().product::<usize>() * dtype.size(), bytes.len());
-        Self { dtype, shape, owner, bytes }
+        Self { dtype, shape, elements: Elements::Stored(owner, bytes) }
+    }
+
+    /// Elements that are drawn where they are read, so that they take no memory until
+    /// [`bytes`](Self::bytes) asks for all of them.
+    pub fn drawn(dtype: Dtype, shape: Vec<usize>, draw: Draw) -> Self {
+        Self { dtype, shape, elements: Elements::Drawn(draw, Arc::default()) }
+    }
+
+    /// How the elements are drawn, unless they are stored: a backend may draw them itself, where it
+    /// keeps them.
+    pub fn draw(&self) -> Option<Draw> {
+        match self.elements {
+            Elements::Stored(..) => None,
+            Elements::Drawn(draw, _) => Some(draw),
+        }
     }
 
     /// Takes f32 values, row-major.
@@ -93,7 +116,7 @@ impl HostTensor {
         assert_eq!(shape.iter().product::<usize>(), values.len(), "shape {shape:?}");
         assert_eq!(size_of::<T>(), dtype.size(), "{dtype}");
         let bytes = 0..values.len() * dtype.size();
-        Self { dtype, shape, owner: Arc::new(Owned(values)), bytes }
+        Self { dtype, shape, elements: Elements::Stored(Arc::new(Owned(values)), bytes) }
     }
 
     /// Element type.
@@ -108,13 +131,62 @@ impl HostTensor {
 
     /// The elements as they are stored, little-endian.
     pub fn bytes(&self) -> &[u8] {
-        &(*self.owner).as_ref()[self.bytes.clone()]
+        let mut elements = &self.elements;
+        if let Elements::Drawn(draw, all) = elements {
+            elements = all.get_or_init(|| self.part(*draw, 0..self.len()).elements);
+        }
+        match elements {
+            Elements::Stored(owner, bytes) => &(**owner).as_ref()[bytes.clone()],
+            Elements::Drawn(..) => &[],
+        }
+    }
+
+    /// The bytes of some elements, without the others where they are drawn.
+    ///
+    /// # Panics
+    /// If there are fewer elements.
+    pub fn read(&self, elements: Range<usize>) -> Cow<'_, [u8]> {
+        match &self.elements {
+            Elements::Drawn(draw, all) if all.get().is_none() => {
+                assert!(elements.end <= self.len(), "{elements:?} of {}", self.len());
+                Cow::Owned(self.part(*draw, elements).bytes().to_vec())
+            }
+            _ => {
+                let size = self.dtype.size();
+                Cow::Borrowed(&self.bytes()[elements.start * size..elements.end * size])
+            }
+        }
+    }
+
+    /// Elements of these numbers, drawn.
+    fn part(&self, draw: Draw, elements: Range<usize>) -> Self {
+        let (n, draw) = (elements.len(), draw.skip(elements.start));
+        match self.dtype {
+            Dtype::F32 => Self::from_f32(vec![n], draw.values(n, |v| v)),
+            Dtype::F16 => Self::from_halves(
+                self.dtype,
+                vec![n],
+                draw.values(n, |v| f16::from_f32(v).to_bits()),
+            ),
+            Dtype::Bf16 => Self::from_halves(
+                self.dtype,
+                vec![n],
+                draw.values(n, |v| bf16::from_f32(v).to_bits()),
+            ),
+        }
+    }
+
+    /// Number of elements.
+    fn len(&self) -> usize {
+        self.shape.iter().product()
     }
 
     /// Tells that the elements were copied to where they are needed: what is mapped from a file
     /// need not stay in the memory of this process. They can still be read.
     pub fn release(&self) {
-        self.owner.release(self.bytes.clone());
+        if let Elements::Stored(owner, bytes) = &self.elements {
+            owner.release(bytes.clone());
+        }
     }
 
     /// The elements as f32: borrowed where they are stored so, converted otherwise.
@@ -138,8 +210,7 @@ impl HostTensor {
     /// # Panics
     /// If there are fewer.
     pub fn read_f32(&self, start: usize, to: &mut [f32]) {
-        let size = self.dtype.size();
-        let bytes = &self.bytes()[start * size..(start + to.len()) * size];
+        let bytes = &*self.read(start..start + to.len());
         let halves = bytes.as_chunks().0.iter().map(|b| u16::from_le_bytes(*b));
         match self.dtype {
             Dtype::F32 => {

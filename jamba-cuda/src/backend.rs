@@ -21,6 +21,7 @@ use crate::libraries;
 use crate::ops::attention::Attention;
 use crate::ops::conv1d::Conv1d;
 use crate::ops::cublas;
+use crate::ops::draw::Drawing;
 use crate::ops::elementwise::Elementwise;
 use crate::ops::embed::Embed;
 use crate::ops::greedy::Greedy;
@@ -54,6 +55,7 @@ pub struct CudaBackend {
     embed: Embed,
     rows: Rows,
     greedy: Greedy,
+    drawing: Drawing,
     /// Kernels for sizes met so far, `[d_conv, d_state, dt_rank, head_dim]`, 0 where there is no
     /// such layer.
     sized: Mutex<Vec<([usize; 4], Kernels)>>,
@@ -95,6 +97,7 @@ impl CudaBackend {
             experts: Experts::load(&loader)?,
             rows: Rows::load(&loader)?,
             greedy: Greedy::load(&loader)?,
+            drawing: Drawing::load(&loader)?,
             sized: Mutex::default(),
             workspaces: Mutex::default(),
             device,
@@ -242,7 +245,7 @@ impl Backend for CudaBackend {
     }
 
     fn upload(&self, param: Param) -> Result<Weight> {
-        Weight::new(&self.device, &param, self.precision())
+        Weight::new(&self.device, &self.drawing, &param, self.precision())
     }
 
     fn alloc(&self, rows: usize, cols: usize) -> Result<Tensor> {

@@ -6,6 +6,7 @@ use jamba_core::{Dtype, HostTensor, Param, Role};
 
 use crate::device::{Buffer, Device};
 use crate::error::Result;
+use crate::ops::draw::{Drawing, Drawn};
 use crate::options::Precision;
 
 /// Elements that are converted on the host at a time: what bounds its memory.
@@ -39,9 +40,10 @@ fn form(role: Role, cols: usize, precision: Precision) -> (Dtype, usize, bool) {
 
 impl Weight {
     /// Copies the parts one below the other, straight from where they are stored if they are
-    /// stored as they are kept.
+    /// stored as they are kept; what is random is drawn on the device.
     pub(crate) fn new(
         device: &Device,
+        drawing: &Drawing,
         param: &Param,
         precision: Precision,
     ) -> jamba_core::Result<Self> {
@@ -51,9 +53,17 @@ impl Weight {
         let mut weight = Self { buffer, shape, ld, element, matrix, role: param.role };
         let mut row = 0;
         for part in &param.parts {
-            weight.upload(device, part, row)?;
+            let rows = elements(part).checked_div(cols).unwrap_or(0);
+            match part.draw() {
+                Some(draw) if Drawing::fits(part.dtype(), element) => {
+                    let ptr = weight.buffer.ptr() + (row * ld * element.size()) as u64;
+                    let to = Drawn { ptr, element, rows, cols, ld };
+                    drawing.run(device, draw, part.dtype(), to)?;
+                }
+                _ => weight.upload(device, part, row)?,
+            }
             part.release();
-            row += elements(part).checked_div(cols).unwrap_or(0);
+            row += rows;
         }
         Ok(weight)
     }

@@ -10,6 +10,7 @@ pub(crate) mod attention_groups;
 pub(crate) mod attention_step;
 pub(crate) mod conv1d;
 pub(crate) mod cublas;
+pub(crate) mod draw;
 pub(crate) mod elementwise;
 pub(crate) mod embed;
 pub(crate) mod greedy;
@@ -28,6 +29,7 @@ use crate::kernels::Unit;
 /// The sources that do not depend on the sizes of a model.
 pub(crate) fn units() -> Vec<Unit> {
     let mut units = vec![
+        draw::unit(),
         elementwise::unit(),
         embed::unit(),
         greedy::unit(),

@@ -6,6 +6,7 @@
 //! `JAMBA_GOLDEN` the folder of the golden models. `PROPTEST_CASES` shortens the kit;
 //! `JAMBA_KERNELS` is a folder for compiled kernels that stays.
 
+mod drawn;
 mod engine;
 mod faults;
 mod greedy;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         trials.extend(models::trials(precision));
         trials.extend(step::trials(precision));
         trials.extend(engine::trials(precision));
+        trials.extend(drawn::trials(precision));
         trials.extend(greedy::trials(precision));
     }
     trials.extend(faults::trials());
