@@ -150,6 +150,19 @@ fn templates_are_found_where_transformers_finds_them() {
 }
 
 #[test]
+fn models_without_a_template_get_what_was_said() {
+    let model = folder(&[("tokenizer_config.json", r#"{"bos_token": "<s>"}"#)]);
+    let call = serde_json::json!({"role": "assistant", "content": null, "tool_calls": []});
+    let parts = serde_json::json!({"role": "user", "content": [
+        {"type": "text", "text": "Two"}, {"type": "image"}, {"type": "text", "text": " parts."},
+    ]});
+    let messages = [call, parts].map(|value| Message::from_value(value).unwrap());
+    let chat = Chat::new([Message::system("Be brief.")].into_iter().chain(messages));
+    let rendered = ChatTemplate::plain(model.path()).unwrap().render(&chat, End::Reply).unwrap();
+    assert_eq!(rendered.text(), "<s>Be brief.\n\n\n\nTwo parts.");
+}
+
+#[test]
 fn errors_say_where() {
     let refused = |files: &[(&str, &str)]| {
         let folder = folder(files);

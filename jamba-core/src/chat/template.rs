@@ -56,7 +56,9 @@ const SPECIAL: [&str; 7] =
     ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
 const PLAIN: &str = "{{ bos_token }}\
-    {% for message in messages %}{{ message.content }}\
+    {% for message in messages %}\
+    {% if message.content is string %}{{ message.content }}\
+    {% else %}{% for part in message.content or [] %}{{ part.text }}{% endfor %}{% endif %}\
     {% if message.role != 'user' %}{{ '\n\n' }}{% endif %}{% endfor %}";
 
 impl ChatTemplate {
