@@ -35,6 +35,7 @@ use crate::config::Config;
 use crate::error::{Error, Result, at_least_one};
 use crate::generate::{CancelToken, GenerateOptions, Writer};
 use crate::model::LanguageModel;
+use crate::spans::RequestSpan;
 use crate::tokenizer::Tokenizer;
 
 #[cfg(feature = "async")]
@@ -246,6 +247,7 @@ impl Engine {
         let cancel = CancelToken::new();
         let stream = Stream::new(receiver, cancel.clone());
         let submitted = Instant::now();
+        let span = RequestSpan::new(prompt.len(), &options, priority);
         shared.push(Job {
             prompt,
             options,
@@ -254,6 +256,7 @@ impl Engine {
             events,
             cancel,
             submitted,
+            span,
             bytes: needed,
         })?;
         Ok(stream)

@@ -49,6 +49,9 @@
 //! | [`engine`] | many requests on one model |
 //! | [`trace`], [`recording`] | activations by name |
 //!
+//! With the feature `tracing`, loads, steps and requests are spans of the crate of that name:
+//! `load`, `prefill`, `decode` and `request`, with counts and times, never with text.
+//!
 //! # Glossary
 //!
 //! Names are those of the checkpoints and of the papers.
@@ -98,6 +101,7 @@ pub mod sampler;
 pub mod schedule;
 pub mod session;
 pub mod shape;
+mod spans;
 pub mod state;
 pub mod tensor;
 #[cfg(test)]

@@ -16,6 +16,7 @@ use crate::quant::WeightFormat;
 use crate::sampler::{self, Sampled};
 use crate::schedule::{MixerKind, Schedule};
 use crate::session::{Session, SessionOptions};
+use crate::spans;
 use crate::trace::{Detail, Listener, Traced};
 use crate::transfer;
 use crate::weights::{ParamSpec, Weights};
@@ -93,6 +94,7 @@ impl<B: Backend> Model<B> {
         let layout = Weights::layout(&config);
         let (mut done, mut total) = (0, 0);
         layout.for_each(|spec| total += source.bytes(spec));
+        let _span = spans::load(&backend, config.num_hidden_layers, total);
         progress(Progress { stage: Stage::Weights, done, total });
         let weights = layout.try_map(&mut |spec: &ParamSpec| {
             let param = source.param(spec)?;
@@ -424,6 +426,7 @@ impl<B: Backend> ModelRunner<B> {
         for run in batch.runs() {
             self.held[run.slot] = Held { positions: run.position, state: None };
         }
+        let _span = spans::step(batch);
         run(self)?;
         for run in batch.runs() {
             self.held[run.slot] = Held::tokens(run.position + run.len);

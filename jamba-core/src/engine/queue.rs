@@ -5,10 +5,11 @@ use std::time::Instant;
 
 use super::channel::Sender;
 use super::prefix::PrefixStats;
-use super::stream::Event;
+use super::stream::{Event, RequestUsage};
 use super::sync::{Condvar, Mutex, MutexGuard};
 use crate::error::{Error, Result};
-use crate::generate::{CancelToken, GenerateOptions};
+use crate::generate::{CancelToken, FinishReason, GenerateOptions};
+use crate::spans::RequestSpan;
 
 /// What an [`Engine`](super::Engine) has done and is doing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -49,6 +50,7 @@ pub(super) struct Job {
     pub(super) events: Sender<Event>,
     pub(super) cancel: CancelToken,
     pub(super) submitted: Instant,
+    pub(super) span: RequestSpan,
     pub(super) bytes: u64,
 }
 
@@ -189,6 +191,7 @@ struct Ended(Vec<Job>);
 impl Drop for Ended {
     fn drop(&mut self) {
         for job in &self.0 {
+            job.span.finish(FinishReason::Cancelled, &RequestUsage::default());
             job.events.send(Event::cancelled(job.submitted.elapsed()));
         }
     }
@@ -209,6 +212,7 @@ pub(super) mod tests {
             events,
             cancel: CancelToken::new(),
             submitted: Instant::now(),
+            span: RequestSpan::new(1, &GenerateOptions::default(), priority),
             bytes: 0,
         };
         (job, receiver)

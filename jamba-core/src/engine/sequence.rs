@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::generate::{CancelToken, FinishReason, Writer};
 use crate::logprobs::{Scored, scored};
 use crate::sampler::Sampled;
+use crate::spans::RequestSpan;
 
 /// Tokens that are not worth a state of their own.
 const GRAIN: usize = 16;
@@ -36,6 +37,7 @@ pub(super) struct Sequence {
     /// When it got its slot, then when its prompt was read.
     since: Instant,
     usage: RequestUsage,
+    span: RequestSpan,
 }
 
 /// Of the prompt's tokens.
@@ -66,7 +68,7 @@ pub(super) enum Next {
 
 impl Sequence {
     pub(super) fn new(job: Job, writer: Writer) -> Self {
-        let Job { prompt, options, keep_at, events, cancel, submitted, bytes, .. } = job;
+        let Job { prompt, options, keep_at, events, cancel, submitted, span, bytes, .. } = job;
         let top = options.prompt_logprobs;
         let queue_time = submitted.elapsed();
         Self {
@@ -84,6 +86,7 @@ impl Sequence {
             submitted,
             since: Instant::now(),
             usage: RequestUsage { queue_time, ..RequestUsage::default() },
+            span,
         }
     }
 
@@ -97,6 +100,7 @@ impl Sequence {
         self.position = cached;
         self.usage.cached_tokens = cached;
         self.usage.prompt_tokens = cached;
+        self.span.start(&self.usage);
     }
 
     /// Decides where states are to be kept: at the end of the prompt, at what the request names, at
@@ -216,11 +220,13 @@ impl Sequence {
         } else {
             self.usage.prompt_time = self.since.elapsed();
         }
+        self.span.finish(reason, &self.usage);
         // Whoever does not listen any more does not need to know.
         self.events.send(Event::Finished(reason, self.usage));
     }
 
     pub(super) fn fail(&self, error: Error) {
+        self.span.fail(&error);
         self.events.send(Event::Failed(error));
     }
 }

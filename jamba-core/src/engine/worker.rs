@@ -143,7 +143,8 @@ impl Worker {
         for (mut sequence, next) in self.ended.drain(..) {
             match next {
                 Ok(Next::Finished(reason)) => sequence.finish(reason),
-                Ok(Next::GoOn | Next::Unheard) => {}
+                Ok(Next::Unheard) => sequence.finish(FinishReason::Cancelled),
+                Ok(Next::GoOn) => {}
                 Err(error) => sequence.fail(error),
             }
         }
@@ -158,6 +159,7 @@ impl Worker {
             Err(error) => {
                 self.stats.failed += 1;
                 self.shared.publish(self.stats);
+                job.span.fail(&error);
                 job.events.send(Event::Failed(error));
                 return;
             }
