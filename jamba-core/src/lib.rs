@@ -69,6 +69,23 @@
 //! | `dt_rank` | width of dt before `dt_proj` | |
 //! | router logits | score of each expert; softmax over all, then top K | (tokens, `num_experts`) |
 
+// Errors are values. Slices are indexed, after the checks of shapes; what only a defect of this crate
+// could break is asserted.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::dbg_macro,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::print_stderr,
+        clippy::print_stdout,
+        clippy::todo,
+        clippy::unimplemented,
+        clippy::unreachable,
+        clippy::unwrap_used
+    )
+)]
+
 pub mod backend;
 pub mod batch;
 pub mod beam;

@@ -79,6 +79,7 @@ pub(crate) fn attention(
 }
 
 /// The run that a token is in, and its first token.
+#[expect(clippy::unreachable, reason = "every token of a batch is in one of its runs")]
 fn run_of(batch: &Batch, token: usize) -> (Run, usize) {
     let mut first = 0;
     for run in batch.runs() {

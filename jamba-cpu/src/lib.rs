@@ -4,6 +4,23 @@
 //!   to hold other backends to.
 //! - [`CpuBackend`]: rayon and SIMD, weights in their stored dtype. The one to use.
 
+// Errors are values. Slices are indexed, after the checks of shapes; what only a defect of this crate
+// could break is asserted.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::dbg_macro,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::print_stderr,
+        clippy::print_stdout,
+        clippy::todo,
+        clippy::unimplemented,
+        clippy::unreachable,
+        clippy::unwrap_used
+    )
+)]
+
 mod attention;
 mod backend;
 mod conv1d;

@@ -16,6 +16,23 @@
 //! Where to read: an operator of the stem `scan` has its equation, layout and kernel in
 //! `kernels/scan.cu` and its launcher in `src/ops/scan.rs`.
 
+// Errors are values. Slices are indexed, after the checks of shapes; what only a defect of this crate
+// could break is asserted.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::dbg_macro,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::print_stderr,
+        clippy::print_stdout,
+        clippy::todo,
+        clippy::unimplemented,
+        clippy::unreachable,
+        clippy::unwrap_used
+    )
+)]
+
 mod backend;
 mod blocks;
 mod cache;
