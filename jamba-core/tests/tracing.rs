@@ -50,7 +50,8 @@ fn loads_steps_and_requests_are_spans() {
         .with_writer(move || writer.clone());
     subscriber.init();
 
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../jamba-tests/golden/reasoning-dense");
+    let folder =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../jamba-tests/golden/reasoning-dense");
     let model = Model::load(folder, CpuBackend::new()).unwrap();
     let layers = format!("layers={}", model.config().num_hidden_layers);
     said(&lines.take(), &[" INFO load{backend=\"cpu\"", "format=stored", &layers, "bytes="]);
