@@ -50,15 +50,17 @@ fn block<S: Simd>(
     let cols = out.cols();
     let stride = o.x.cols.next_multiple_of(PAD);
     let context = o.weight.len() / stride - 1;
-    for c in (0..cols.len()).step_by(S::LANES) {
-        let width = S::LANES.min(cols.len() - c);
-        let load = |row: &[f32]| {
-            if width == S::LANES { s.load(&row[c..]) } else { s.load_partial(&row[c..c + width]) }
-        };
-        let bias = o.bias.map_or(s.splat(0.0), |b| load(&b[cols.clone()]));
-        let mut first = 0;
-        for run in batch.runs() {
-            let slot = run.slot * context;
+    let mut first = 0;
+    // Sequence by sequence, so that what a task has of a state is read in order.
+    for run in batch.runs() {
+        let slot = run.slot * context;
+        for c in (0..cols.len()).step_by(S::LANES) {
+            let width = S::LANES.min(cols.len() - c);
+            let load = |row: &[f32]| match width == S::LANES {
+                true => s.load(&row[c..]),
+                false => s.load_partial(&row[c..c + width]),
+            };
+            let bias = o.bias.map_or(s.splat(0.0), |b| load(&b[cols.clone()]));
             // Input number i of the run; the state has those of number -context to -1.
             let input = |state: &mut Block<'_>, i: usize| match i.checked_sub(context) {
                 Some(t) => load(&o.x.row(first + t)[cols.clone()]),
@@ -79,7 +81,7 @@ fn block<S: Simd>(
                 let to = &mut state.row(slot + j)[c..c + width];
                 if width == S::LANES { s.store(kept, to) } else { s.store_partial(kept, to) }
             }
-            first += run.len;
         }
+        first += run.len;
     }
 }

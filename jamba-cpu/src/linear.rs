@@ -268,10 +268,13 @@ trait Tiles {
                             let row = |i: usize| (j + i).min(n - 1);
                             let w = [row(0), row(1), row(2), row(3)];
                             let sums = self.tile::<$m>(m, w, turn_of_tile);
-                            let width = TILE_N.min(n - j);
                             for (i, sums) in sums.iter().enumerate() {
-                                let out = &mut out.row(m + i)[at + j..at + j + width];
-                                out.copy_from_slice(&sums[..width]);
+                                let out = &mut out.row(m + i)[at + j..];
+                                match out.first_chunk_mut() {
+                                    // A copy of a known length is one store.
+                                    Some(out) if n - j >= TILE_N => *out = *sums,
+                                    _ => out[..n - j].copy_from_slice(&sums[..n - j]),
+                                }
                             }
                         }
                         turn += 1;

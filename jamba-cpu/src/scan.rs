@@ -91,6 +91,29 @@ fn states<S: Simd, const N: usize>(
             let (d, dt_bias) = (load(&o.d[at.clone()]), load(&o.dt_bias[at.clone()]));
             // State number n of these channels, counted from the first of the block.
             let of = |n: usize| (c / PAD * d_state + n) * PAD + c % PAD;
+            if run.len == 1 {
+                // A state is read and written once: it needs no register of its own.
+                let x = load(&o.x.row(first)[at.clone()]);
+                let dt = softplus(s, s.add(load(&o.dt.row(first)[at.clone()]), dt_bias));
+                let dt_x = s.mul(dt, x);
+                let dt = s.mul(dt, s.splat(std::f32::consts::LOG2_E));
+                let mut sum = s.mul(d, x);
+                for (n, (b, c)) in o.b.row(first).iter().zip(o.c.row(first)).enumerate() {
+                    let decay = exp2(s, s.mul(dt, s.load(&o.a[first_state + of(n)..])));
+                    let state = &mut states[of(n)..];
+                    let h = s.fma(decay, s.load(state), s.mul(dt_x, s.splat(*b)));
+                    sum = s.fma(h, s.splat(*c), sum);
+                    s.store(h, state);
+                }
+                sum = s.mul(sum, silu(s, load(&o.z.row(first)[at.clone()])));
+                let out = &mut y.row(first)[c..c + width];
+                if width == S::LANES {
+                    s.store(sum, out)
+                } else {
+                    s.store_partial(sum, out)
+                }
+                continue;
+            }
             for n0 in (0..d_state).step_by(N) {
                 let mut a = [s.splat(0.0); N];
                 let mut h = [s.splat(0.0); N];
