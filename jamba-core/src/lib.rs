@@ -86,6 +86,10 @@
     )
 )]
 
+// The plays of `session/tests.rs` are those of `tests/state`, which knows the crate by its name.
+#[cfg(test)]
+extern crate self as jamba_core;
+
 pub mod backend;
 pub mod batch;
 pub mod beam;

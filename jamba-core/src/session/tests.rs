@@ -4,11 +4,14 @@ use std::sync::atomic::Ordering;
 
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
-use tempfile::TempDir;
 
 use super::*;
-use crate::state::Snapshot;
 use crate::testing::{Heard, Script};
+
+#[path = "../../tests/state/play.rs"]
+mod play;
+
+use play::{Act, acts, play};
 
 const CONTEXT: usize = 100;
 
@@ -104,42 +107,6 @@ fn a_greedy_step_without_finite_logits_is_an_error() {
     assert_eq!(s.append_greedy(&[1, 1]).unwrap().id, 5);
 }
 
-#[derive(Clone, Debug)]
-enum Act {
-    Append(Vec<u32>),
-    AppendEach(Vec<u32>),
-    Fail,
-    Fork,
-    Swap,
-    Snapshot,
-    Restore(usize),
-    Rewind(usize),
-    Mark,
-    CheckpointEvery(usize),
-    Save,
-    Load,
-    Reset,
-}
-
-fn act() -> impl Strategy<Value = Act> {
-    let tokens = || prop::collection::vec(10u32..90, 1..20);
-    prop_oneof![
-        6 => tokens().prop_map(Act::Append),
-        2 => tokens().prop_map(Act::AppendEach),
-        1 => Just(Act::Fail),
-        1 => Just(Act::Fork),
-        2 => Just(Act::Swap),
-        3 => Just(Act::Snapshot),
-        3 => any::<usize>().prop_map(Act::Restore),
-        5 => any::<usize>().prop_map(Act::Rewind),
-        2 => Just(Act::Mark),
-        1 => (0usize..7).prop_map(Act::CheckpointEvery),
-        1 => Just(Act::Save),
-        1 => Just(Act::Load),
-        1 => Just(Act::Reset),
-    ]
-}
-
 /// Logits and states, as bits.
 fn contents(s: &Session) -> Vec<Vec<u32>> {
     let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
@@ -161,88 +128,28 @@ fn fresh(invariant: bool, tokens: &[u32], steps: &[usize]) -> Vec<Vec<u32>> {
     contents(&s)
 }
 
-/// Plays `acts` on up to three sessions, and holds each to a fresh one after every act. `steps` has
-/// what the session must remember: where a backend's results depend on it, tokens that are appended
-/// end steps where they did, whatever came between.
-fn play(invariant: bool, acts: &[Act]) {
-    let folder = TempDir::new().unwrap();
-    let file = folder.path().join("state.safetensors");
-    let mut sessions = vec![session(invariant).0];
-    let mut snapshots: Vec<Snapshot> = Vec::new();
-    let mut saved = None;
+/// Holds each session to a fresh one after every act. `steps` has what the session must remember:
+/// where a backend's results depend on it, tokens that are appended end steps where they did, whatever
+/// came between.
+fn hold(invariant: bool, acts: &[Act]) {
     let mut known = HashMap::new();
-    for act in acts {
-        let crowded = sessions.len() >= 3;
-        let s = &mut sessions[0];
-        let (room, before) = (CONTEXT - s.position(), s.tokens().to_vec());
-        let steps_before = s.steps.clone();
-        let mut expected = before.clone();
+    let before = |s: &Session| s.steps.clone();
+    play(session(invariant).0, acts, before, |s, act, mut steps| {
         match act {
-            Act::Append(ids) | Act::AppendEach(ids) if ids.len() <= room => {
-                match act {
-                    Act::Append(_) => drop(s.append(ids).unwrap()),
-                    _ => s.append_each(ids, |_, _| ()).unwrap(),
-                }
-                expected.extend(ids);
-                assert_eq!(s.steps[..steps_before.len()], steps_before);
+            Act::Append(_) | Act::AppendEach(_) => assert_eq!(s.steps[..steps.len()], steps),
+            Act::Rewind(_) if !invariant => {
+                let position = s.position();
+                steps.retain(|step| *step < position);
+                steps.extend((position > 0).then_some(position));
+                assert_eq!(s.steps, steps);
             }
-            Act::Append(_) | Act::AppendEach(_) => {}
-            Act::Fail if room > 0 => {
-                s.append(&[9]).unwrap_err();
-                s.rewind(0).unwrap();
-            }
-            Act::Fail => {}
-            Act::Fork if !crowded => {
-                let fork = s.fork().unwrap();
-                sessions.push(fork);
-            }
-            Act::Fork => {}
-            Act::Swap => {
-                sessions.rotate_left(1);
-                expected = sessions[0].tokens().to_vec();
-            }
-            Act::Snapshot => snapshots.push(s.snapshot().unwrap()),
-            Act::Restore(i) => {
-                if let Some(i) = i.checked_rem(snapshots.len()) {
-                    s.restore(&snapshots[i]).unwrap();
-                    expected = snapshots[i].tokens().to_vec();
-                }
-            }
-            Act::Rewind(n) => {
-                let position = before.len() - n % (before.len() + 1);
-                s.rewind_to(position).unwrap();
-                expected.truncate(position);
-                if !invariant {
-                    let mut steps = steps_before;
-                    steps.retain(|step| *step < position);
-                    steps.extend((position > 0).then_some(position));
-                    assert_eq!(s.steps, steps);
-                }
-            }
-            Act::Mark => drop(s.mark().unwrap()),
-            Act::CheckpointEvery(n) => s.checkpoint_every(*n),
-            Act::Save => {
-                s.save(&file).unwrap();
-                saved = Some(before);
-            }
-            Act::Load => {
-                if let Some(tokens) = &saved {
-                    s.load(&file).unwrap();
-                    expected = tokens.clone();
-                }
-            }
-            Act::Reset => {
-                s.reset().unwrap();
-                expected.clear();
-            }
+            _ => {}
         }
-        let s = &sessions[0];
-        assert_eq!(s.tokens(), expected, "{act:?}");
         let key = (s.tokens().to_vec(), s.steps.clone());
         let fresh =
             known.entry(key).or_insert_with_key(|(ids, steps)| fresh(invariant, ids, steps));
         assert!(contents(s) == *fresh, "{act:?}: {:?} {:?}", s.tokens(), s.steps);
-    }
+    });
 }
 
 proptest! {
@@ -254,15 +161,15 @@ proptest! {
     })]
 
     #[test]
-    fn any_interleaving_equals_a_fresh_run(acts in prop::collection::vec(act(), 1..40)) {
-        play(true, &acts);
+    fn any_interleaving_equals_a_fresh_run(acts in acts(20, Some(9))) {
+        hold(true, &acts);
     }
 
     /// Of a backend whose results depend on the steps: the same steps give the same.
     #[test]
     fn any_interleaving_equals_a_fresh_run_in_the_same_steps(
-        acts in prop::collection::vec(act(), 1..40),
+        acts in acts(20, Some(9)),
     ) {
-        play(false, &acts);
+        hold(false, &acts);
     }
 }

@@ -9,9 +9,13 @@ use jamba_core::{
     SessionOptions, Snapshot, StatePart, Tokenizer, WeightFormat, generate_ids,
 };
 use jamba_cpu::{CpuBackend, ReferenceBackend};
-use proptest::prelude::*;
+use proptest::prelude::ProptestConfig;
 use proptest::test_runner::{RngSeed, TestRunner};
 use tempfile::TempDir;
+
+mod play;
+
+use play::{acts, play};
 
 const CONTEXT: usize = 48;
 
@@ -41,117 +45,6 @@ fn contents(session: &Session) -> Vec<Vec<u32>> {
     all
 }
 
-#[derive(Clone, Debug)]
-enum Act {
-    Append(Vec<u32>),
-    AppendEach(Vec<u32>),
-    Fork,
-    Swap,
-    Snapshot,
-    Restore(usize),
-    Rewind(usize),
-    Mark,
-    CheckpointEvery(usize),
-    Save,
-    Load,
-    Reset,
-}
-
-fn act() -> impl Strategy<Value = Act> {
-    let tokens = || prop::collection::vec(3u32..90, 1..9);
-    prop_oneof![
-        6 => tokens().prop_map(Act::Append),
-        2 => tokens().prop_map(Act::AppendEach),
-        1 => Just(Act::Fork),
-        2 => Just(Act::Swap),
-        3 => Just(Act::Snapshot),
-        3 => any::<usize>().prop_map(Act::Restore),
-        5 => any::<usize>().prop_map(Act::Rewind),
-        2 => Just(Act::Mark),
-        1 => (0usize..7).prop_map(Act::CheckpointEvery),
-        1 => Just(Act::Save),
-        1 => Just(Act::Load),
-        1 => Just(Act::Reset),
-    ]
-}
-
-/// The sessions and values of one play, and what fresh sessions say.
-struct Play<'a> {
-    model: &'a dyn LanguageModel,
-    sessions: Vec<Session>,
-    snapshots: Vec<Snapshot>,
-    folder: TempDir,
-    saved: Option<Vec<u32>>,
-    fresh: HashMap<Vec<u32>, Vec<Vec<u32>>>,
-}
-
-impl Play<'_> {
-    fn act(&mut self, act: &Act) {
-        let file = self.folder.path().join("state.safetensors");
-        let room = CONTEXT - self.sessions[0].position();
-        let crowded = self.sessions.len() >= 3;
-        let s = &mut self.sessions[0];
-        match act {
-            Act::Append(ids) if ids.len() <= room => drop(s.append(ids).unwrap()),
-            Act::AppendEach(ids) if ids.len() <= room => s.append_each(ids, |_, _| ()).unwrap(),
-            Act::Append(_) | Act::AppendEach(_) => {}
-            Act::Fork if !crowded => {
-                let fork = s.fork().unwrap();
-                self.sessions.push(fork);
-            }
-            Act::Fork => {}
-            Act::Swap => self.sessions.rotate_left(1),
-            Act::Snapshot => {
-                let snapshot = s.snapshot().unwrap();
-                assert_eq!(snapshot.tokens(), s.tokens());
-                self.snapshots.push(snapshot);
-            }
-            Act::Restore(i) => {
-                if let Some(i) = i.checked_rem(self.snapshots.len()) {
-                    s.restore(&self.snapshots[i]).unwrap();
-                    assert_eq!(s.tokens(), self.snapshots[i].tokens());
-                }
-            }
-            Act::Rewind(n) => {
-                let (held, n) = (s.position(), n % (s.position() + 1));
-                let expected = s.tokens()[..held - n].to_vec();
-                let rewound = s.rewind(n).unwrap();
-                assert_eq!(s.tokens(), expected);
-                if n > 0 {
-                    let from = rewound.checkpoint.unwrap_or(0);
-                    assert_eq!(from + rewound.replayed, held - n);
-                }
-            }
-            Act::Mark => drop(s.mark().unwrap()),
-            Act::CheckpointEvery(n) => s.checkpoint_every(*n),
-            Act::Save => {
-                s.save(&file).unwrap();
-                self.saved = Some(s.tokens().to_vec());
-            }
-            Act::Load => {
-                if let Some(tokens) = &self.saved {
-                    s.load(&file).unwrap();
-                    assert_eq!(s.tokens(), tokens);
-                }
-            }
-            Act::Reset => s.reset().unwrap(),
-        }
-        self.check();
-    }
-
-    fn check(&mut self) {
-        let s = &self.sessions[0];
-        let fresh = self.fresh.entry(s.tokens().to_vec()).or_insert_with(|| {
-            let mut fresh = session(self.model, CONTEXT);
-            if s.position() > 0 {
-                fresh.append(s.tokens()).unwrap();
-            }
-            contents(&fresh)
-        });
-        assert!(contents(s) == *fresh, "{:?}", s.tokens());
-    }
-}
-
 fn any_interleaving(model: &dyn LanguageModel, cases: u32) {
     let config = ProptestConfig {
         cases,
@@ -159,18 +52,25 @@ fn any_interleaving(model: &dyn LanguageModel, cases: u32) {
         rng_seed: RngSeed::Fixed(7),
         ..ProptestConfig::default()
     };
-    let strategy = (1usize..9, prop::collection::vec(act(), 1..40));
+    let strategy = (1usize..9, acts(9, None));
     TestRunner::new(config)
         .run(&strategy, |(chunk, acts)| {
-            let mut play = Play {
-                model,
-                sessions: vec![session(model, chunk)],
-                snapshots: Vec::new(),
-                folder: TempDir::new().unwrap(),
-                saved: None,
-                fresh: HashMap::new(),
-            };
-            acts.iter().for_each(|act| play.act(act));
+            let mut known = HashMap::new();
+            play(
+                session(model, chunk),
+                &acts,
+                |_| (),
+                |s, act, ()| {
+                    let fresh = known.entry(s.tokens().to_vec()).or_insert_with_key(|ids| {
+                        let mut fresh = session(model, CONTEXT);
+                        if !ids.is_empty() {
+                            fresh.append(ids).unwrap();
+                        }
+                        contents(&fresh)
+                    });
+                    assert!(contents(s) == *fresh, "{act:?}: {:?}", s.tokens());
+                },
+            );
             Ok(())
         })
         .unwrap();
