@@ -58,12 +58,18 @@ impl Snapshot {
     /// format, and a checksum.
     ///
     /// The file appears whole or not at all: it is written beside its place, brought to the disk,
-    /// and then renamed. A file that was there is replaced.
+    /// and then renamed. A file that was there is replaced; of a link, the file that it leads to.
     ///
     /// # Errors
-    /// [`Error::Io`]; a file that was there is as before.
+    /// [`Error::Io`], also for a folder, a device, or a link that leads nowhere; what was there is as
+    /// before.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let path = path.as_ref();
+        let mut path = path.as_ref();
+        // A renaming would put the file in the place of a link or a device.
+        let target = regular_file(path)?.and_then(|_| std::fs::canonicalize(path).ok());
+        if let Some(target) = &target {
+            path = target;
+        }
         let entries = self.entries();
         let Value { origin, tokens, .. } = &*self.0;
         let config: serde_json::Map<_, _> =

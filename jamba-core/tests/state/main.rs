@@ -222,7 +222,7 @@ fn a_bad_file_changes_nothing() {
 }
 
 #[test]
-fn a_failed_save_leaves_the_file_that_was_there() {
+fn a_failed_save_leaves_what_was_there() {
     let folder = TempDir::new().unwrap();
     let mut s = session(&*cpu("pure-mamba"), 16);
     s.append(&[4, 5]).unwrap();
@@ -234,6 +234,63 @@ fn a_failed_save_leaves_the_file_that_was_there() {
     s.save(&path).unwrap();
     assert_eq!(Snapshot::load(&path).unwrap().tokens(), [4, 5, 6]);
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    // A folder stays one, even if it is empty.
+    std::fs::create_dir(folder.path().join("folder")).unwrap();
+    let message = s.save(folder.path().join("folder")).unwrap_err().to_string();
+    assert!(message.contains("it is a folder"), "{message}");
+    assert!(s.save("").is_err() && s.save("..").is_err());
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
+}
+
+/// A renaming would put a file in the place of a link, or of a device.
+#[cfg(unix)]
+#[test]
+fn only_a_file_is_replaced() {
+    let folder = TempDir::new().unwrap();
+    let [file, link, socket] = ["file", "link", "socket"].map(|name| folder.path().join(name));
+    let mut s = session(&*cpu("pure-mamba"), 16);
+    s.append(&[4, 5]).unwrap();
+    std::os::unix::fs::symlink(&file, &link).unwrap();
+    let message = s.save(&link).unwrap_err().to_string();
+    assert!(message.contains("a link to a file that is not there"), "{message}");
+    s.save(&file).unwrap();
+    s.append(&[6]).unwrap();
+    s.save(&link).unwrap();
+    assert_eq!(Snapshot::load(&file).unwrap().tokens(), [4, 5, 6]);
+    assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink());
+    let _socket = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let message = s.save(&socket).unwrap_err().to_string();
+    assert!(message.contains("it is not a regular file"), "{message}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 3);
+}
+
+/// Of a disk that is full: this test runs itself again with a limit on the size of files.
+#[cfg(unix)]
+#[test]
+fn a_save_without_room_leaves_the_file_that_was_there() {
+    const FOLDER: &str = "JAMBA_TEST_FULL";
+    let Some(folder) = std::env::var_os(FOLDER) else {
+        let folder = TempDir::new().unwrap();
+        let path = folder.path().join("state.safetensors");
+        let mut s = session(&*cpu("pure-mamba"), 16);
+        s.append(&[4, 5]).unwrap();
+        s.save(&path).unwrap();
+        let shell = "trap '' XFSZ; ulimit -f 1; exec \"$0\" --exact --nocapture \"$1\"";
+        let name = "a_save_without_room_leaves_the_file_that_was_there";
+        let mut command = std::process::Command::new("sh");
+        command.args(["-c", shell]).arg(std::env::current_exe().unwrap()).arg(name);
+        let output = command.env(FOLDER, folder.path()).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(text.contains("it has no room: "), "{text}");
+        assert_eq!(Snapshot::load(&path).unwrap().tokens(), [4, 5]);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+        return;
+    };
+    let mut s = session(&*cpu("pure-mamba"), 16);
+    s.append(&[6; 40]).unwrap();
+    let error = s.save(Path::new(&folder).join("state.safetensors")).unwrap_err();
+    println!("it has no room: {error}");
 }
 
 #[test]
