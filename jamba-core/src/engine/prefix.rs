@@ -249,3 +249,136 @@ fn path_bytes(state: &Snapshot) -> u64 {
 fn common(a: &[u32], b: &[u32]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use proptest::prelude::*;
+    use proptest::test_runner::RngSeed;
+
+    use super::*;
+    use crate::backend::Limits;
+    use crate::session::Session;
+    use crate::testing::Script;
+
+    #[derive(Clone, Debug)]
+    enum Act {
+        Append(Vec<u32>),
+        Rewind(usize),
+        Fork,
+        Swap,
+        Insert,
+        /// The tokens of the session but so many, and then others.
+        Find(usize, Vec<u32>),
+    }
+
+    fn act() -> impl Strategy<Value = Act> {
+        // Few tokens, so that prompts have much in common.
+        let tokens = |most| prop::collection::vec(10u32..12, 0..most);
+        prop_oneof![
+            3 => tokens(9).prop_map(Act::Append),
+            2 => any::<usize>().prop_map(Act::Rewind),
+            1 => Just(Act::Fork),
+            2 => Just(Act::Swap),
+            5 => Just(Act::Insert),
+            4 => (any::<usize>(), tokens(4)).prop_map(|(n, ids)| Act::Find(n, ids)),
+        ]
+    }
+
+    /// What the cache holds, as a list: least recently used first.
+    #[derive(Default)]
+    struct Plain(Vec<Snapshot>);
+
+    impl Plain {
+        fn bytes(&self) -> u64 {
+            let shared: HashMap<_, _> = self.0.iter().flat_map(Snapshot::segments).collect();
+            let own = self.0.iter().map(|state| state.own_bytes() + path_bytes(state));
+            own.sum::<u64>() + shared.values().sum::<u64>()
+        }
+
+        fn insert(&mut self, state: Snapshot, budget: u64) -> u64 {
+            if state.position() == 0 || state.bytes() + path_bytes(&state) > budget {
+                return 0;
+            }
+            self.0.retain(|other| other.tokens() != state.tokens());
+            self.0.push(state);
+            let held = self.0.len();
+            while self.bytes() > budget {
+                self.0.remove(0);
+            }
+            (held - self.0.len()) as u64
+        }
+
+        fn find(&mut self, prompt: &[u32]) -> (usize, usize) {
+            let known = self.0.iter().map(|state| common(state.tokens(), prompt)).max();
+            let states = self.0.iter().enumerate();
+            let fitting = states.filter(|(_, state)| prompt.starts_with(state.tokens()));
+            let longest = fitting.max_by_key(|(_, state)| state.position()).map(|(i, _)| i);
+            let found = longest.map_or(0, |i| {
+                let state = self.0.remove(i);
+                let position = state.position();
+                self.0.push(state);
+                position
+            });
+            (found, known.unwrap_or(0))
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig {
+            failure_persistence: None,
+            rng_seed: RngSeed::Fixed(5),
+            cases: 300,
+            ..ProptestConfig::default()
+        })]
+
+        /// Also where states share what sessions that live have forked and rewound: what is found is
+        /// the longest, what is given up the least recently used, and what is counted is there.
+        #[test]
+        fn it_is_a_list_under_a_budget(
+            acts in prop::collection::vec(act(), 1..80),
+            budget in 0u64..12_000,
+        ) {
+            let limits = Limits { slots: 1, context: 100, tokens: 8, outputs: 8 };
+            let mut sessions: Vec<Session> = vec![Script::new(limits).session().0];
+            let (mut cache, mut plain) = (PrefixCache::new(budget), Plain::default());
+            let mut evicted = 0;
+            for act in &acts {
+                let crowded = sessions.len() > 3;
+                let s = &mut sessions[0];
+                match act {
+                    Act::Append(ids) if !ids.is_empty() && s.check(ids).is_ok() => {
+                        s.append(ids).unwrap();
+                    }
+                    Act::Rewind(n) => drop(s.rewind(n % (s.position() + 1)).unwrap()),
+                    Act::Fork if !crowded => {
+                        let fork = s.fork().unwrap();
+                        sessions.push(fork);
+                    }
+                    Act::Swap => sessions.rotate_left(1),
+                    Act::Insert => {
+                        let state = s.snapshot().unwrap();
+                        cache.insert(state.clone());
+                        evicted += plain.insert(state, budget);
+                    }
+                    Act::Find(n, ids) => {
+                        let cut = s.position() - n % (s.position() + 1);
+                        let prompt = [&s.tokens()[..cut], ids].concat();
+                        let Found { state, known } = cache.find(&prompt);
+                        let found = state.map_or(0, |state| state.position());
+                        prop_assert_eq!((found, known), plain.find(&prompt));
+                    }
+                    _ => {}
+                }
+                let stats = cache.stats();
+                prop_assert_eq!((stats.states, stats.bytes), (plain.0.len(), plain.bytes()));
+                prop_assert_eq!(stats.evicted, evicted);
+                prop_assert!(stats.bytes <= budget);
+                // No node leads nowhere, and none merely leads on.
+                let nodes = cache.nodes.len() - cache.free.len() - 1;
+                prop_assert!(nodes <= 2 * stats.states, "{nodes} nodes");
+            }
+        }
+    }
+}
