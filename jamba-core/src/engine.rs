@@ -27,7 +27,7 @@
 //! ```
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, ThreadId};
 use std::time::Instant;
 
 use crate::backend::Limits;
@@ -132,6 +132,7 @@ pub struct Engine(Arc<Handle>);
 struct Handle {
     shared: Arc<Shared>,
     worker: Mutex<Option<JoinHandle<()>>>,
+    thread: ThreadId,
     tokenizer: Option<Tokenizer>,
     config: Config,
     limits: Limits,
@@ -204,6 +205,7 @@ impl Engine {
         })?;
         Ok(Self(Arc::new(Handle {
             shared,
+            thread: worker.thread().id(),
             worker: Mutex::new(Some(worker)),
             tokenizer,
             config: model.config().clone(),
@@ -284,11 +286,16 @@ impl Engine {
         self.0.shared.stats()
     }
 
-    /// Takes no more requests, and waits until those that were accepted have ended.
+    /// Takes no more requests, and waits until those that were accepted have ended. On the engine's
+    /// own thread, where wakers run, it does not wait.
     pub fn shutdown(&self) {
         self.0.shared.close();
-        let worker = self.0.worker.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(worker) = worker {
+        if std::thread::current().id() == self.0.thread {
+            return;
+        }
+        // Held while it waits: whoever else shuts the engine down waits too.
+        let mut worker = self.0.worker.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(worker) = worker.take() {
             // If its thread panicked, the streams say that the engine has stopped.
             let _ = worker.join();
         }

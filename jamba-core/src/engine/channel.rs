@@ -1,7 +1,16 @@
 //! From the engine's thread to one stream: events in order, for a reader that polls, that waits, or
 //! that is told when there is something.
+//!
+//! Why it is not a library's: the same events are to be had without waiting, waiting, waiting until a
+//! deadline, and by a waker, in any order. Channels of the standard library and crossbeam have no
+//! wakers, those for executors (tokio, futures, async-channel) no deadline. flume has all of it, for
+//! six crates in everybody's build and a queue for many receivers, of which there is one here;
+//! and it cannot be run under loom, which tries this one in all interleavings (`loom.rs`). What is
+//! sent is at most a piece for each of a request's tokens: it needs no bound of its own, and the
+//! engine waits for no reader.
 
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Instant;
@@ -47,9 +56,10 @@ impl<T> Channel<T> {
             state.waker.take()
         };
         self.changed.notify_one();
-        // Not under the lock: it runs whatever an executor does.
+        // Not under the lock: it runs whatever an executor does. If that panics, it is no reason for
+        // the engine to end.
         if let Some(waker) = waker {
-            waker.wake();
+            let _ = catch_unwind(AssertUnwindSafe(|| waker.wake()));
         }
     }
 }

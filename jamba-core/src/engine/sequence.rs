@@ -52,8 +52,12 @@ struct Scores {
 #[derive(Clone, Copy)]
 pub(super) enum Told<'a> {
     Logits(&'a [f32]),
-    /// The most probable one, which the backend chose.
-    Chosen(Sampled),
+    /// The most probable one, which the backend chose, and which row of the step's logits is its.
+    Chosen(Sampled, usize),
+}
+
+impl Told<'_> {
+    pub(super) const NOTHING: Self = Self::Logits(&[]);
 }
 
 /// Whether a sequence goes on.
@@ -194,7 +198,7 @@ impl Sequence {
                 return Err(Error::NonFinite { position: self.position });
             }
             Told::Logits(logits) => self.writer.write(logits, is_full)?,
-            Told::Chosen(chosen) => self.writer.write_chosen(chosen, is_full)?,
+            Told::Chosen(chosen, _) => self.writer.write_chosen(chosen, is_full)?,
         };
         self.pending = piece.id;
         self.reply.extend(piece.id);

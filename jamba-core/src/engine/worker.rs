@@ -118,7 +118,7 @@ impl Worker {
         for slot in 0..self.slots.len() {
             let sequence = self.slots[slot].sequence.as_ref();
             if sequence.is_some_and(|sequence| sequence.cancel.is_cancelled()) {
-                self.end(slot, Ok(Next::Finished(FinishReason::Cancelled)));
+                self.end(slot, Ok(Next::Finished(FinishReason::Cancelled)), Told::NOTHING);
             }
         }
         self.tell_ended();
@@ -183,7 +183,7 @@ impl Worker {
         };
         if let Err(error) = prepared {
             slot.sequence = Some(sequence);
-            self.end(index, Err(error));
+            self.end(index, Err(error), Told::NOTHING);
             return;
         }
         sequence.start(state.map_or(0, |state| state.position()));
@@ -232,17 +232,20 @@ impl Worker {
                 self.go_on(turns);
             }
             Ok(Rows::Chosen(chosen)) => {
-                let mut chosen = chosen.into_iter();
                 let mut turns = Vec::new();
+                let mut rows = 0;
                 for part in &parts {
-                    let last = chosen.by_ref().take(part.rows).last();
+                    rows += part.rows;
+                    let last = part.rows.checked_sub(1).and_then(|_| chosen.get(rows - 1));
                     let (taken, told) = match last {
                         // A part without a row is one that nothing is told of.
-                        None => (self.take(part, &[]), Told::Logits(&[])),
-                        Some(Some(chosen)) => (self.take(part, &[]), Told::Chosen(chosen)),
+                        None => (self.take(part, &[]), Told::NOTHING),
+                        Some(Some(chosen)) => {
+                            (self.take(part, &[]), Told::Chosen(*chosen, rows - 1))
+                        }
                         Some(None) => {
                             let error = Error::NonFinite { position: part.end };
-                            (Err(error), Told::Logits(&[]))
+                            (Err(error), Told::NOTHING)
                         }
                     };
                     turns.push((part.slot, taken, told));
@@ -253,7 +256,7 @@ impl Worker {
                 let source = Arc::new(error);
                 for part in &parts {
                     let error = Error::Step { source: source.clone() };
-                    self.end(part.slot, Err(error));
+                    self.end(part.slot, Err(error), Told::NOTHING);
                 }
             }
         }
@@ -346,12 +349,26 @@ impl Worker {
         Ok(())
     }
 
+    /// Keeps the state of a slot whose last token was `told` of: with the logits there, so that it
+    /// serves a prompt that is no longer, too.
+    fn keep_reply(&mut self, slot: usize, told: Told<'_>) -> Result<()> {
+        match told {
+            Told::Logits(logits) => self.keep(slot, logits),
+            Told::Chosen(_, row) => {
+                let vocab_size = self.runner.config().vocab_size;
+                let logits = self.runner.logits()?;
+                let row = logits.chunks_exact(vocab_size).nth(row).unwrap_or_default();
+                self.keep(slot, row)
+            }
+        }
+    }
+
     /// The prompt of a sequence is in its slot. True if a token is to be chosen.
     fn begin(&mut self, slot: usize) -> Result<bool> {
         let Some(sequence) = &mut self.slots[slot].sequence else { return Ok(false) };
         match sequence.end_prompt()? {
             Next::Finished(reason) => {
-                self.end(slot, Ok(Next::Finished(reason)));
+                self.end(slot, Ok(Next::Finished(reason)), Told::NOTHING);
                 Ok(false)
             }
             _ => Ok(true),
@@ -362,9 +379,10 @@ impl Worker {
     /// `turns` has a slot once, whether its sequence is to have one, and what was told of it.
     fn go_on(&mut self, turns: Vec<(usize, Result<bool>, Told<'_>)>) {
         /// A sequence and what becomes of it.
-        struct Turn<'a> {
+        struct Turn<'a, 'b> {
+            slot: usize,
             sequence: &'a mut Sequence,
-            told: Told<'a>,
+            told: Told<'b>,
             next: Result<Next>,
         }
         let context = self.runner.limits().context;
@@ -373,15 +391,13 @@ impl Worker {
             match taken {
                 Ok(true) => told[slot] = Some(last),
                 Ok(false) => {}
-                Err(error) => self.end(slot, Err(error)),
+                Err(error) => self.end(slot, Err(error), Told::NOTHING),
             }
         }
-        let mut slots = Vec::new();
         let mut turns = Vec::new();
-        for (index, (slot, told)) in self.slots.iter_mut().zip(told).enumerate() {
-            if let (Some(sequence), Some(told)) = (&mut slot.sequence, told) {
-                slots.push(index);
-                turns.push(Mutex::new(Turn { sequence, told, next: Ok(Next::GoOn) }));
+        for (slot, (Slot { sequence, .. }, told)) in self.slots.iter_mut().zip(told).enumerate() {
+            if let (Some(sequence), Some(told)) = (sequence, told) {
+                turns.push(Mutex::new(Turn { slot, sequence, told, next: Ok(Next::GoOn) }));
             }
         }
         // Each is locked by the one task that has its number.
@@ -391,15 +407,18 @@ impl Worker {
             let told = turn.told;
             turn.next = turn.sequence.write(told, is_full);
         });
-        self.stats.generated_tokens += turns.len() as u64;
-        let next =
-            |turn: Mutex<Turn<'_>>| turn.into_inner().unwrap_or_else(PoisonError::into_inner).next;
-        let next: Vec<_> = turns.into_iter().map(next).collect();
-        slots.into_iter().zip(next).for_each(|(slot, next)| self.end(slot, next));
+        let end = |turn: Mutex<Turn<'_, '_>>| {
+            let turn = turn.into_inner().unwrap_or_else(PoisonError::into_inner);
+            (turn.slot, turn.next, turn.told)
+        };
+        let ends: Vec<_> = turns.into_iter().map(end).collect();
+        let generated = ends.iter().filter(|(_, next, _)| next.is_ok()).count();
+        self.stats.generated_tokens += generated as u64;
+        ends.into_iter().for_each(|(slot, next, told)| self.end(slot, next, told));
     }
 
-    /// Frees the slot of a sequence that does not go on.
-    fn end(&mut self, slot: usize, next: Result<Next>) {
+    /// Frees the slot of a sequence that does not go on. `told` is what was told of its last token.
+    fn end(&mut self, slot: usize, next: Result<Next>, told: Told<'_>) {
         let mut is_whole = true;
         match &next {
             Ok(Next::GoOn) => return,
@@ -411,7 +430,7 @@ impl Worker {
                 let sequence = self.slots[slot].sequence.as_ref();
                 if sequence.is_some_and(Sequence::is_worth_keeping) {
                     // The reply is there, whether its state can be kept or not.
-                    is_whole = self.keep(slot, &[]).is_ok();
+                    is_whole = self.keep_reply(slot, told).is_ok();
                 }
             }
             Err(_) => {

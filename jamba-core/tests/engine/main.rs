@@ -9,6 +9,7 @@ use jamba_core::{
 };
 use jamba_cpu::CpuBackend;
 
+mod hostile;
 mod soak;
 mod streams;
 mod support;
@@ -96,6 +97,17 @@ fn the_end_of_a_reply_is_kept() {
         assert_eq!(completion.usage.cached_tokens, expected);
         prompt.extend(&completion.ids);
         prompt.extend(random.ids(7));
+    }
+    // A prompt that is no longer than what is kept: its logits are there too, whoever chose the token.
+    for sampling in [options(9, 0).sampling, Sampling::greedy()] {
+        let options = GenerateOptions { ignore_eos: true, sampling, ..options(9, 40) };
+        let request = Request::new(random.ids(37), options);
+        let first = engine.submit(request.clone()).unwrap().collect_all().unwrap();
+        let again = [&request.prompt[..], &first.ids[..39]].concat();
+        let again = Request { prompt: again, ..request };
+        let completion = engine.submit(again.clone()).unwrap().collect_all().unwrap();
+        same(&completion, &alone(&model, 300, &again));
+        assert_eq!(completion.usage.cached_tokens, 37 + 39);
     }
     // A reply of a few tokens is not worth a state.
     let few = |prompt: &[u32]| {
@@ -289,23 +301,33 @@ fn a_request_with_no_finite_logits_fails_alone() {
         let sampling = Sampling { logit_bias: vec![(100, f32::NEG_INFINITY)], ..options.sampling };
         GenerateOptions { sampling, ..options }
     };
+    // It is in the prompt, or the first token that is generated.
+    let forced = |options: GenerateOptions| {
+        let sampling = Sampling { logit_bias: vec![(100, 1e9)], ..options.sampling };
+        GenerateOptions { sampling, ..options }
+    };
     let requests: Vec<Request> = (0..24)
-        .map(|i| {
-            let bad = if i % 3 == 0 { 100 } else { 7 };
-            Request::new(vec![5, bad, 6 + i as u32], bias(options(i, 12)))
+        .map(|i| match i % 6 {
+            0 => Request::new(vec![5, 100, 6 + i as u32], bias(options(i, 12))),
+            3 => Request::new(vec![5, 7, 6 + i as u32], forced(options(i, 12))),
+            _ => Request::new(vec![5, 7, 6 + i as u32], bias(options(i, 12))),
         })
         .collect();
     let streams: Vec<_> = requests.iter().map(|r| engine.submit(r.clone()).unwrap()).collect();
-    for (i, stream) in streams.into_iter().enumerate() {
-        let result = stream.collect_all();
+    let mut generated = 0;
+    for (i, mut stream) in streams.into_iter().enumerate() {
         if i % 3 == 0 {
-            assert!(matches!(result, Err(Error::NonFinite { .. })), "{result:?}");
+            let pieces = stream.by_ref().take_while(Result::is_ok).count();
+            assert_eq!(pieces, i % 2, "the token that makes it fail is generated");
+            generated += pieces;
         } else {
-            same(&result.unwrap(), &alone(&model, SMALL.context, &requests[i]));
+            let completion = stream.collect_all().unwrap();
+            same(&completion, &alone(&model, SMALL.context, &requests[i]));
+            generated += completion.ids.len();
         }
     }
     engine.shutdown();
-    assert_eq!(engine.stats().failed, 8);
+    assert_eq!((engine.stats().failed, engine.stats().generated_tokens), (8, generated as u64));
 }
 
 /// Prompts that are scored share the rows of logits: none waits until others have been read.

@@ -13,9 +13,12 @@ pub(crate) fn demo() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/jamba-tales-11m")
 }
 
+pub(crate) fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../jamba-tests/golden").join(name)
+}
+
 pub(crate) fn golden(name: &str) -> Model<CpuBackend> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../jamba-tests/golden").join(name);
-    Model::load(folder, CpuBackend::new()).unwrap()
+    Model::load(folder(name), CpuBackend::new()).unwrap()
 }
 
 /// The small models have no tokenizer: the first of the demo model's tokens are theirs.
