@@ -124,6 +124,13 @@ __device__ __forceinline__ void let_next_begin() {
 #endif
 }
 
+// Brings so many bytes to the L2 cache; both are multiples of 16.
+__device__ __forceinline__ void prefetch_l2(const void* p, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes));
+#endif
+}
+
 // Brings what is at an address to the L2 cache.
 __device__ __forceinline__ void prefetch_l2(const void* p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));

@@ -1,12 +1,12 @@
-// out (rows, n) = x (rows, k) W (n, k)^T + bias (n), for the few rows of a decode step; and what
-// cuBLASLt needs around it for more.
+// out (rows, n) = x (rows, k) W (n, k)^T + bias (n), for few rows (few.cu: of quantised W);
+// and what cuBLASLt needs around it for more.
 //
 // linear_ROWS_OUTPUTS_WARPS  up to ROWS rows of x, OUTPUTS rows of W per WARPS warps, W read once
 // linear_any                 the same for any alignment, 8 rows of x, a warp per row of W
 // cast_bf16                  x rounded to bf16, rows padded with zeros to a multiple of 8
 // add_bias                   out += bias
 //
-// Layout: x f32 with stride ldx, of which k columns are used; W weight_t with stride ldw, a
+// Layout: x f32 with stride ldx, of which k columns are used; W with stride ldw, a
 // multiple of 16 bytes, zeros beyond k; bias f32; out (rows, n) f32, contiguous.
 // Threads: a block of 4 warps does 4 / WARPS groups of OUTPUTS rows of W. The lanes of a group
 // walk over k in steps of 16 bytes of W; x stays in the L1 cache. The sums of its warps are added

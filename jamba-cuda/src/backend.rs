@@ -38,7 +38,7 @@ use crate::plan::{self, Plan};
 use crate::state::{Kernels, State};
 use crate::step;
 use crate::tensor::{Tensor, View};
-use crate::weight::Weight;
+use crate::weight::{Loading, Weight};
 
 /// One NVIDIA card, everything on one stream of it. Operators return as soon as their kernels are
 /// on the stream; reading waits for them.
@@ -74,20 +74,16 @@ impl CudaBackend {
     /// Opens a card and makes the kernels ready that do not depend on a model's sizes.
     ///
     /// # Errors
-    /// [`Error::Format`] for weights other than as stored;
     /// [`Error::Missing`] without driver, NVRTC or cuBLASLt; [`Error::NoDevice`];
     /// [`Error::Architecture`] for a card before sm_80; [`Error::Compile`]; [`Error::Driver`].
     pub fn with_options(options: CudaOptions) -> Result<Self, Error> {
-        if options.format != WeightFormat::Stored {
-            return Err(Error::Format(options.format));
-        }
         libraries::driver()?;
         libraries::nvrtc()?;
         libraries::cublaslt()?;
         let device =
             Arc::new(Device::open(options.ordinal, options.is_guarded.then(Arc::default))?);
         let cache = Cache::new(options.cache.folder());
-        let loader = Loader::new(device.clone(), options.precision, cache)?;
+        let loader = Loader::new(device.clone(), options.precision, options.format, cache)?;
         Ok(Self {
             norm: Norm::load(&loader)?,
             embed: Embed::load(&loader)?,
@@ -130,7 +126,7 @@ impl CudaBackend {
         let (free, _) = self.device.memory()?;
         Ok(Plan {
             free: Some(free as u64),
-            ..Plan::new(config, limits, self.precision(), WeightFormat::Stored)
+            ..Plan::new(config, limits, self.precision(), self.loader.format)
         })
     }
 
@@ -199,8 +195,8 @@ impl CudaBackend {
 
     /// Allocates the workspaces for steps within limits, so that no step has to.
     fn reserve(&self, config: &Config, limits: &Limits) -> Result<(), Error> {
-        let [cast, parts, routes, act, expert_out, chosen, _] =
-            plan::workspaces(config, limits, self.precision());
+        let [cast, parts, routes, act, expert_out, chosen, dense, _] =
+            plan::workspaces(config, limits, self.precision(), self.loader.format);
         let w = &mut *self.workspaces();
         let all = [
             (&mut w.cast, cast),
@@ -209,6 +205,7 @@ impl CudaBackend {
             (&mut w.act, act),
             (&mut w.expert_out, expert_out),
             (&mut w.chosen, chosen),
+            (&mut w.dense, dense),
         ];
         all.into_iter().try_for_each(|(w, bytes)| w.reserve(&self.device, bytes).map(drop))
     }
@@ -229,6 +226,10 @@ impl Backend for CudaBackend {
         "cuda"
     }
 
+    fn weight_format(&self) -> WeightFormat {
+        self.loader.format
+    }
+
     fn check_memory(&self, config: &Config, need: Need<'_>) -> Result<()> {
         let reserved = self.workspaces().bytes() as u64 + cublas::WORKSPACE_BYTES as u64;
         match need {
@@ -245,7 +246,9 @@ impl Backend for CudaBackend {
     }
 
     fn upload(&self, param: Param) -> Result<Weight> {
-        Weight::new(&self.device, &self.drawing, &param, self.precision())
+        let (precision, format) = (self.precision(), self.loader.format);
+        let (quant, drawing) = (&self.linear.quant, &self.drawing);
+        Loading { device: &self.device, quant, drawing, precision, format }.weight(&param)
     }
 
     fn alloc(&self, rows: usize, cols: usize) -> Result<Tensor> {
@@ -372,8 +375,8 @@ impl Backend for CudaBackend {
         shape::linear(&x, weight, bias, out)?;
         out.resize("linear", x.tensor.rows())?;
         let _loading = may_load();
-        let cast = &mut self.workspaces().cast;
-        self.linear.run(&self.device, View::from(&x), weight, bias, cast, out)
+        let workspaces = &mut *self.workspaces();
+        self.linear.run(&self.device, View::from(&x), weight, bias, workspaces, out)
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Weight, eps: f32, out: &mut Tensor) -> Result<()> {

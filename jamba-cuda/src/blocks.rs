@@ -1,5 +1,6 @@
 //! Fused blocks. Each computes the same bits as the composition of operators in
-//! [`compose`](jamba_core::compose), but for the mixer and the MLP of [prompts](crate::prompt).
+//! [`compose`](jamba_core::compose), but for the mixer and the MLP of [prompts](crate::prompt) and
+//! where sums are added in another order.
 
 use jamba_core::backend::{Backend, CausalConv1d, Cols, Scratch, SelectiveScan};
 use jamba_core::compose::{self, all};
@@ -9,6 +10,7 @@ use jamba_core::{Config, Result};
 
 use crate::backend::CudaBackend;
 use crate::device::may_load;
+use crate::ops::few::FEW_ROWS;
 use crate::ops::linear::Operand;
 use crate::ops::scan;
 use crate::ops::workspace::Workspaces;
@@ -30,19 +32,28 @@ pub(crate) fn add_rms_norm(
     b.norm.add_rms_norm(&b.device, &mut s.hidden, &s.block_out, weight, eps, &mut s.normed)
 }
 
-/// The MLP with its activations rounded to bf16 as they are computed, where the product that
-/// reads them would round them.
+/// The MLP, its activations in the form in which the product takes them that reads them.
 pub(crate) fn mlp(b: &CudaBackend, w: &Mlp<Weight>, s: &mut Scratch<Tensor>) -> Result<()> {
-    if !b.linear.rounds(s.normed.rows()) {
+    let rows = s.normed.rows();
+    let is_few = w.gate_up_proj.packing().is_some() && rows <= FEW_ROWS;
+    if rows == 0 || !(is_few || b.linear.rounds(rows, &w.gate_up_proj)) {
         return compose::mlp(b, w, s);
     }
-    shape::linear(&all(b, &s.normed), &w.gate_up_proj, None, &s.gate_up)?;
-    s.gate_up.resize("mlp", s.normed.rows())?;
+    let normed = all(b, &s.normed);
+    shape::linear(&normed, &w.gate_up_proj, None, &s.gate_up)?;
+    s.gate_up.resize("mlp", rows)?;
     shape::silu_mul(&s.gate_up, &s.act)?;
-    s.act.resize("mlp", s.normed.rows())?;
+    s.act.resize("mlp", rows)?;
     shape::linear(&all(b, &s.act), &w.down_proj, None, &s.block_out)?;
     let _loading = may_load();
     let workspaces = &mut *b.workspaces();
+    if is_few {
+        s.block_out.resize("mlp", rows)?;
+        let x = b.linear.rows(&b.device, View::from(&normed), &mut workspaces.cast)?;
+        let act = x.alike(&b.device, [rows, s.act.cols()], &mut workspaces.act)?;
+        b.linear.few.gated(&b.device, x, &w.gate_up_proj, act)?;
+        return b.linear.few.linear(&b.device, act, &w.down_proj, None, s.block_out.ptr());
+    }
     let x = rounded(b, s, workspaces)?;
     prompt::mlp(b, workspaces, w, x, s, true).map(drop)
 }
@@ -117,6 +128,9 @@ fn dt_scan(
     let Some(kernels) = state.kernels.scan_step.as_ref().filter(|k| k.has_dt_proj()) else {
         return Ok(false);
     };
+    if w.dt_proj.packing().is_some() {
+        return Ok(false);
+    }
     let (d_inner, d_state, dt_rank) =
         (config.d_inner(), config.mamba_d_state, config.mamba_dt_rank);
     let (b_at, c_at) = (dt_rank, dt_rank + d_state);

@@ -1,7 +1,5 @@
 //! What can go wrong on a CUDA device.
 
-use jamba_core::WeightFormat;
-
 use crate::plan::Plan;
 
 /// Result of this crate.
@@ -50,9 +48,6 @@ pub enum Error {
         /// What is needed.
         reason: String,
     },
-    /// There are no kernels for this format of weights.
-    #[error("weights in {0} have no kernels yet: `stored` is supported")]
-    Format(WeightFormat),
     /// The driver refused or a kernel failed. After a failed kernel every call of the process on
     /// this device reports the same error: only a new process can use it again.
     #[error("{what}: {name} ({code}): {text}")]
@@ -126,11 +121,6 @@ pub enum Error {
 
 impl From<Error> for jamba_core::Error {
     fn from(error: Error) -> Self {
-        match error {
-            Error::Format(format) => {
-                Self::Unsupported { backend: "cuda", what: format!("weights in {format}") }
-            }
-            error => Self::Device { backend: "cuda", source: Box::new(error) },
-        }
+        Self::Device { backend: "cuda", source: Box::new(error) }
     }
 }

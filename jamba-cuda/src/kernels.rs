@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use cudarc::driver::CudaModule;
-use jamba_core::Config;
 use jamba_core::schedule::Schedule;
+use jamba_core::{Config, WeightFormat};
 
 use crate::cache::Cache;
 use crate::device::{Device, Kernel};
@@ -51,9 +51,14 @@ impl Unit {
 }
 
 /// The sources that a model of `config` needs, in its sizes.
-fn units(config: &Config, precision: Precision, arch: &str) -> Result<Vec<Unit>> {
+fn units(
+    config: &Config,
+    precision: Precision,
+    format: WeightFormat,
+    arch: &str,
+) -> Result<Vec<Unit>> {
     let schedule = Schedule::new(config);
-    let mut units = ops::units();
+    let mut units = ops::units(precision, format);
     if ops::grouped::is_for(arch, precision) {
         units.push(ops::grouped::unit());
     }
@@ -92,6 +97,7 @@ pub struct Compiled {
 pub fn compile(
     config: &Config,
     precision: Precision,
+    format: WeightFormat,
     arch: &str,
     cache: &KernelCache,
 ) -> Result<Vec<Compiled>> {
@@ -101,19 +107,25 @@ pub fn compile(
         let name = format!("{}{}", unit.stem, sizes.collect::<String>());
         Ok(Compiled { name, bytes: unit.compile(arch, precision, &cache)?.len() })
     };
-    units(config, precision, arch)?.into_iter().map(compile).collect()
+    units(config, precision, format, arch)?.into_iter().map(compile).collect()
 }
 
 /// Compiles for one card and loads into it.
 pub(crate) struct Loader {
     pub(crate) device: Arc<Device>,
     pub(crate) precision: Precision,
+    pub(crate) format: WeightFormat,
     arch: String,
     cache: Cache,
 }
 
 impl Loader {
-    pub(crate) fn new(device: Arc<Device>, precision: Precision, cache: Cache) -> Result<Self> {
+    pub(crate) fn new(
+        device: Arc<Device>,
+        precision: Precision,
+        format: WeightFormat,
+        cache: Cache,
+    ) -> Result<Self> {
         let (major, minor) = device.capability();
         let refuse = |reason: &str| Error::Architecture {
             card: device.name().into(),
@@ -126,7 +138,7 @@ impl Loader {
         // The variant with the features of this architecture alone, where there is one.
         let variant = if (major, minor) == (9, 0) { "a" } else { "" };
         let arch = format!("sm_{major}{minor}{variant}");
-        Ok(Self { device, precision, arch, cache })
+        Ok(Self { device, precision, format, arch, cache })
     }
 
     /// The architecture compiled for.

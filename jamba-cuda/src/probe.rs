@@ -71,7 +71,7 @@ fn products(device: &Device, precision: Precision) -> Result<f64> {
     device.upload(&mut w, 0, &random(2))?;
     let ld = SIDE as u32;
     let rounded = false;
-    let product = Product { rows: SIDE, n: SIDE, k: SIDE, ldx: ld, ldw: ld, rounded };
+    let product = Product { rows: SIDE, n: SIDE, k: SIDE, ldx: ld, ldw: ld, ldo: ld, rounded };
     let mut cublas = CublasLt::new(device, precision)?;
     let seconds = median_seconds(device, || {
         // SAFETY: the operands are SIDE x SIDE of the precision's elements, the result as many f32.

@@ -18,10 +18,11 @@ use crate::ops::linear::Operand;
 use crate::ops::moe::Tokens;
 use crate::ops::norm::{Addend, PROMPT_COLS};
 use crate::ops::scan;
-use crate::ops::workspace::Workspaces;
+use crate::ops::workspace::{Workspace, Workspaces};
+use crate::options::Precision;
 use crate::state::State;
 use crate::tensor::{Tensor, View};
-use crate::weight::Weight;
+use crate::weight::{Weight, padded};
 
 /// Tokens from which on a step is bound by what goes between its operators as much as by the weights
 /// that it reads, and its rows fill the tiles of `grouped.cu`. Fewer, single tokens of other
@@ -32,7 +33,7 @@ const PROMPT_TOKENS: usize = 128;
 fn is_for_attention(b: &CudaBackend, config: &Config, state: &State) -> bool {
     let (inner, n) = (config.d_inner(), config.mamba_d_state);
     let eighths = [config.hidden_size, config.intermediate_size, inner, config.q_width()];
-    b.linear.rounds(state.batch.tokens)
+    b.precision() == Precision::Bf16
         && state.batch.tokens >= PROMPT_TOKENS
         && state.batch.longest > 1
         && eighths.iter().all(|size| size.is_multiple_of(8))
@@ -100,16 +101,17 @@ pub(crate) fn forward(
 /// `out = x weight^T`, rounded to bf16, or in f32 where `wide`.
 fn project(
     b: &CudaBackend,
+    dense: &mut Workspace,
     x: Operand,
     weight: &Weight,
     out: &mut Tensor,
     wide: bool,
 ) -> Result<Addend> {
     if !wide {
-        return Ok(Addend::Bf16(b.linear.rounded(&b.device, x, weight, out)?.ptr));
+        return Ok(Addend::Bf16(b.linear.rounded(&b.device, x, weight, dense, out)?.ptr));
     }
     out.resize("linear", x.rows)?;
-    b.linear.product(&b.device, x, weight, None, out)?;
+    b.linear.product(&b.device, x, weight, None, dense, out)?;
     Ok(Addend::F32(out.ptr()))
 }
 
@@ -127,7 +129,7 @@ pub(crate) fn mamba(
 ) -> Result<Addend> {
     let (d_inner, d_state, dt_rank) =
         (config.d_inner(), config.mamba_d_state, config.mamba_dt_rank);
-    let xz = b.linear.rounded(&b.device, x, &w.in_proj, &s.xz)?;
+    let xz = b.linear.rounded(&b.device, x, &w.in_proj, &mut workspaces.dense, &s.xz)?;
     let conv_out = s.conv_out.rounded("causal_conv1d", x.rows)?;
     let (batch, kernels) = (&state.batch, &state.kernels);
     if let Some(conv) = &kernels.conv1d {
@@ -136,13 +138,13 @@ pub(crate) fn mamba(
     }
 
     s.x_dbl.resize("linear", x.rows)?;
-    b.linear.product(&b.device, conv_out, &w.x_proj, None, &mut s.x_dbl)?;
+    b.linear.product(&b.device, conv_out, &w.x_proj, None, &mut workspaces.dense, &mut s.x_dbl)?;
     let weights = [&w.dt_layernorm, &w.b_layernorm, &w.c_layernorm];
     let ldt = dt_rank.next_multiple_of(8);
     let dt = workspaces.cast.reserve(&b.device, 2 * x.rows * ldt)?;
     let dt = (dt, ldt as u32);
     let dt = b.norm.dt_b_c_rounded(&b.device, &mut s.x_dbl, weights, config.rms_norm_eps, dt)?;
-    let dt = b.linear.rounded(&b.device, dt, &w.dt_proj, &s.dt)?;
+    let dt = b.linear.rounded(&b.device, dt, &w.dt_proj, &mut workspaces.dense, &s.dt)?;
 
     let rounded = |of: Operand, first: usize| View {
         ptr: of.ptr + 2 * first as u64,
@@ -170,7 +172,7 @@ pub(crate) fn mamba(
     if let Some(scan) = &kernels.scan {
         scan.rounded(&b.device, &operands, batch, state.ssm(layer)?, y.ptr)?;
     }
-    project(b, y, &w.out_proj, &mut s.block_out, wide)
+    project(b, &mut workspaces.dense, y, &w.out_proj, &mut s.block_out, wide)
 }
 
 /// Attention of normed tokens, to `block_out`. Queries, keys and values are rounded by the kernels
@@ -185,11 +187,11 @@ fn attention(
     state: &mut State,
 ) -> Result<Addend> {
     s.qkv.resize("linear", x.rows)?;
-    b.linear.product(&b.device, x, &w.qkv_proj, None, &mut s.qkv)?;
+    b.linear.product(&b.device, x, &w.qkv_proj, None, &mut workspaces.dense, &mut s.qkv)?;
     b.attend(&s.qkv, layer, state, &mut workspaces.parts, &mut s.context)?;
     let context = View::from(&compose::all(b, &s.context));
     let context = b.linear.cast(&b.device, context, &mut workspaces.cast)?;
-    project(b, context, &w.o_proj, &mut s.block_out, false)
+    project(b, &mut workspaces.dense, context, &w.o_proj, &mut s.block_out, false)
 }
 
 /// The dense feed-forward of normed tokens, to `block_out`.
@@ -204,22 +206,33 @@ pub(crate) fn mlp(
     let [inter, k] = [s.act.cols(), w.gate_up_proj.shape()[1]];
     let act = match &b.grouped {
         Some(grouped) if x.rows >= PROMPT_TOKENS && Grouped::fits(inter) => {
-            let matrix = Matrices { ptr: w.gate_up_proj.matrix()?, ld: w.gate_up_proj.ld() };
             let act = s.act.rounded("mlp", x.rows)?;
-            let out = (act.ptr, inter);
-            // SAFETY: x has k columns, the matrix 2 inter rows of as many, and act room for more
-            // than the rows of x; tensors, workspaces and weights are aligned.
-            #[allow(unsafe_code, reason = "the operands are checked here")]
-            unsafe { grouped.swiglu(&b.device, (x, k), matrix, Groups::One, out) }?;
+            let (gate_up, dense) = (&w.gate_up_proj, &mut workspaces.dense);
+            b.linear.per_expert(&b.device, (gate_up, 1), dense, |_, _, ptr| {
+                let matrix = Matrices { ptr, ld: padded(k, b.precision()) as u32 };
+                let out = (act.ptr, inter);
+                // SAFETY: x has k columns, the matrix 2 inter rows of as many, and act room for more than the rows of x; tensors, workspaces and weights are
+                // aligned.
+                #[allow(unsafe_code, reason = "the operands are checked here")]
+                unsafe { grouped.swiglu(&b.device, (x, k), matrix, Groups::One, out) }?;
+                Ok(())
+            })?;
             act
         }
         _ => {
             s.gate_up.resize("linear", x.rows)?;
-            b.linear.product(&b.device, x, &w.gate_up_proj, None, &mut s.gate_up)?;
+            b.linear.product(
+                &b.device,
+                x,
+                &w.gate_up_proj,
+                None,
+                &mut workspaces.dense,
+                &mut s.gate_up,
+            )?;
             b.elementwise.silu_mul_bf16(&b.device, &s.gate_up, &mut workspaces.cast)?
         }
     };
-    project(b, act, &w.down_proj, &mut s.block_out, wide)
+    project(b, &mut workspaces.dense, act, &w.down_proj, &mut s.block_out, wide)
 }
 
 /// The routed feed-forward of normed tokens, to `block_out`.
@@ -232,7 +245,7 @@ fn moe(
     s: &mut Scratch<Tensor>,
 ) -> Result<Addend> {
     s.router_logits.resize("linear", x.rows)?;
-    b.linear.product(&b.device, x, &w.router, None, &mut s.router_logits)?;
+    b.linear.product(&b.device, x, &w.router, None, &mut workspaces.dense, &mut s.router_logits)?;
     s.block_out.resize("moe_experts", x.rows)?;
     let (top_k, inter) = (config.num_experts_per_tok, config.intermediate_size);
     let shared = (&b.linear, b.grouped.as_ref(), workspaces);

@@ -18,8 +18,8 @@ pub(crate) const WORKSPACE_BYTES: usize = 32 << 20;
 /// Shapes whose algorithm is remembered.
 const REMEMBERED: usize = 4096;
 
-/// `out (rows, n) = x (rows, k) W (n, k)^T`, all row-major: `out` in f32, or rounded to bf16,
-/// without gaps, x and W in the precision of the backend.
+/// `out (rows, n) = x (rows, k) W (n, k)^T`, all row-major: `out` in f32, or rounded to bf16, x and W in
+/// the precision of the backend, each with its elements from one row to the next.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Product {
     pub(crate) rows: usize,
@@ -27,6 +27,7 @@ pub(crate) struct Product {
     pub(crate) k: usize,
     pub(crate) ldx: u32,
     pub(crate) ldw: u32,
+    pub(crate) ldo: u32,
     pub(crate) rounded: bool,
 }
 
@@ -191,7 +192,7 @@ impl CublasLt {
         let w = layout(operand, p.k, p.n, p.ldw.into())?;
         let x = layout(operand, p.k, p.rows, p.ldx.into())?;
         let result = if p.rounded { sys::cudaDataType::CUDA_R_16BF } else { f32 };
-        let out = layout(result, p.n, p.rows, p.n as i64)?;
+        let out = layout(result, p.n, p.rows, p.ldo.into())?;
 
         let preference = Preference(result::create_matmul_pref().map_err(fail())?);
         use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;

@@ -2,6 +2,7 @@
 #![allow(unsafe_code, reason = "launches kernels")]
 
 use jamba_core::Result;
+use jamba_core::quant::Packing;
 use jamba_core::shape::Shaped;
 
 use crate::device::{Device, Grid, Kernel};
@@ -18,6 +19,7 @@ pub(super) fn unit() -> Unit {
 #[derive(Clone, Copy)]
 struct EmbedArgs {
     table: u64,
+    scales: u64,
     tokens: u64,
     out: u64,
     cols: u32,
@@ -27,11 +29,14 @@ struct EmbedArgs {
 /// Kernels of `embed.cu`.
 pub(crate) struct Embed {
     embed: Kernel,
+    embed_int8: Kernel,
 }
 
 impl Embed {
     pub(crate) fn load(loader: &Loader) -> crate::Result<Self> {
-        Ok(Self { embed: loader.module(&unit())?.overlapping("embed")? })
+        let module = loader.module(&unit())?;
+        let [embed, embed_int8] = ["embed", "embed_int8"].map(|name| module.overlapping(name));
+        Ok(Self { embed: embed?, embed_int8: embed_int8? })
     }
 
     /// Rows of the table for the staged tokens.
@@ -44,16 +49,26 @@ impl Embed {
     ) -> Result<()> {
         let [_, cols] = table.shape();
         let grid = Grid::new("embed", [batch.tokens, 1, 1], 256, 0)?;
+        let matrix = table.matrix()?;
+        let (kernel, ld) = match matrix.packing {
+            None => (&self.embed, table.ld()),
+            Some(Packing::Int8Block) => (&self.embed_int8, matrix.stride as u32),
+            Some(packing) => {
+                let what = format!("an embedding table in {packing:?}");
+                return Err(jamba_core::Error::Unsupported { backend: "cuda", what });
+            }
+        };
         let args = EmbedArgs {
-            table: table.matrix()?,
+            table: matrix.ptr,
+            scales: matrix.scales,
             tokens: batch.tokens_ptr(),
             out: out.ptr(),
             cols: cols as u32,
-            ld: table.ld(),
+            ld,
         };
         // SAFETY: every staged id is a row of the table, as the caller has checked; `out` has a row of
         // `cols` for each of the tokens.
-        unsafe { device.launch(&self.embed, &grid, &args) }?;
+        unsafe { device.launch(kernel, &grid, &args) }?;
         Ok(())
     }
 }

@@ -13,21 +13,26 @@ pub(crate) mod cublas;
 pub(crate) mod draw;
 pub(crate) mod elementwise;
 pub(crate) mod embed;
+pub(crate) mod few;
 pub(crate) mod greedy;
 pub(crate) mod grouped;
 pub(crate) mod linear;
 pub(crate) mod moe;
 pub(crate) mod norm;
+pub(crate) mod quant;
 pub(crate) mod rows;
 pub(crate) mod scan;
 pub(crate) mod scan_step;
 mod tensor_map;
 pub(crate) mod workspace;
 
+use jamba_core::WeightFormat;
+
 use crate::kernels::Unit;
+use crate::options::Precision;
 
 /// The sources that do not depend on the sizes of a model.
-pub(crate) fn units() -> Vec<Unit> {
+pub(crate) fn units(precision: Precision, format: WeightFormat) -> Vec<Unit> {
     let mut units = vec![
         draw::unit(),
         elementwise::unit(),
@@ -35,9 +40,11 @@ pub(crate) fn units() -> Vec<Unit> {
         greedy::unit(),
         linear::unit(),
         norm::unit(),
+        quant::unit(),
         rows::unit(),
     ];
     units.extend(moe::units());
+    units.extend(few::units(precision, format));
     units
 }
 

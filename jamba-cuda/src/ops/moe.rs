@@ -1,18 +1,21 @@
-//! Launches `kernels/moe.cu`, `kernels/moe_tiles.cu`, and `kernels/grouped.cu` for experts.
+//! Launches `kernels/moe.cu`, `kernels/moe_tiles.cu`, and `kernels/grouped.cu` and `kernels/few.cu`
+//! for experts.
 #![allow(unsafe_code, reason = "launches kernels")]
 
 use jamba_core::Result;
+use jamba_core::shape::Shaped;
 use jamba_core::weights::Moe;
 
+use super::few::{Entries, F32_ROWS, Rows};
 use super::grouped::{Grouped, Groups, Matrices};
 use super::linear::{Linear, Operand};
-use super::workspace::Workspaces;
+use super::workspace::{Workspace, Workspaces};
 use crate::device::{Device, Grid, Kernel};
 use crate::error::Error;
 use crate::kernels::{Loader, Unit};
 use crate::options::{Precision, element_bytes};
 use crate::tensor::{Tensor, View};
-use crate::weight::Weight;
+use crate::weight::{Weight, padded};
 
 /// Tokens up to which the weights of an expert are read for each of its tokens.
 const FEW_TOKENS: usize = 2;
@@ -140,8 +143,8 @@ struct Tiles {
 pub(crate) struct Experts {
     route: Kernel,
     sort: Kernel,
-    gate_up_rows: Kernel,
-    down_rows: Kernel,
+    /// gate_up and down of few tokens.
+    rows: [Kernel; 2],
     combine: Kernel,
     /// By height, the highest first.
     tiles: Vec<Tiles>,
@@ -192,7 +195,7 @@ pub(crate) fn workspace_bytes(
         Precision::F32 => entries.saturating_mul(4 * inter.next_multiple_of(4)),
     };
     // Few tokens have their activations in f32.
-    let few = 4 * entries.min(FEW_TOKENS * top_k) * inter;
+    let few = 4 * entries.min(F32_ROWS * top_k) * inter.next_multiple_of(8);
     let routes = entries.saturating_mul(16).saturating_add(4 * (experts + 1));
     [routes, act.max(few), entries.saturating_mul(4 * hidden)]
 }
@@ -229,8 +232,7 @@ impl Experts {
         Ok(Self {
             route: moe.overlapping("moe_route")?,
             sort: moe.overlapping("moe_sort")?,
-            gate_up_rows: moe.overlapping("moe_gate_up_rows")?,
-            down_rows: moe.overlapping("moe_down_rows")?,
+            rows: [moe.overlapping("moe_gate_up_rows")?, moe.overlapping("moe_down_rows")?],
             combine: moe.overlapping("moe_combine")?,
             many: (loader.precision == Precision::Bf16).then(many).transpose()?,
             tiles,
@@ -266,26 +268,26 @@ impl Experts {
         let routes =
             Routes { expert: list(0), p: list(1), sorted: list(2), place: list(3), start: list(4) };
         let act = workspaces.act.reserve(device, bytes[1])?;
-
-        let grid = Grid::new("moe_route", [tokens.div_ceil(4), 1, 1], 128, 0)?;
-        let args = RouteArgs {
-            logits: router_logits.ptr(),
-            expert: routes.expert,
-            p: routes.p,
-            tokens: tokens as u32,
-            experts: experts as u32,
-            top_k: top_k as u32,
-        };
-        // SAFETY: the logits are (tokens, experts), the lists of the workspace have an element
-        // for every entry, and top_k is at most the number of experts.
-        unsafe { device.launch(&self.route, &grid, &args) }?;
+        self.route(device, s, router_logits, routes)?;
+        let is_packed = weights.gate_up_proj.packing().is_some();
         if let Tokens::Wide(x) = x
+            && !is_packed
             && tokens <= FEW_TOKENS
         {
-            return self.few(device, s, routes, x, weights, act, out);
+            let device = (device, element_bytes(self.precision));
+            return rows(&self.rows, device, s, routes, x, weights, act, out);
         }
-        let y = workspaces.expert_out.reserve(device, bytes[2])?;
         self.sort(device, s, routes)?;
+        let y = workspaces.expert_out.reserve(device, bytes[2])?;
+        if is_packed && Entries::are_few(entries, experts) {
+            let x = match x {
+                Tokens::Wide(x) => linear.rows(device, x, &mut workspaces.cast)?,
+                Tokens::Rounded(x) => Rows::Bf16(x),
+            };
+            self.few(device, linear, s, routes, x, weights, (&mut workspaces.act, y))?;
+            return self.combine(device, s, routes, y, out);
+        }
+        let dense = &mut workspaces.dense;
         if let (Some(many), Some(grouped)) = (&self.many, grouped)
             && entries >= GROUPED_ENTRIES * experts
             && Grouped::fits(hidden)
@@ -294,18 +296,36 @@ impl Experts {
             let bytes = sorted_bytes(tokens, top_k, hidden);
             let sorted = workspaces.cast.reserve(device, bytes)?;
             many.gather(device, s, routes, x, sorted)?;
-            let operands = (sorted, act, y);
-            return many.products(device, s, routes, operands, (grouped, weights), out);
+            let (device, operands) = ((device, linear), (sorted, act, y));
+            return many.products(device, s, routes, operands, (grouped, weights), dense, out);
         }
         let x = match (x, self.precision) {
             (Tokens::Rounded(x), _) => x,
             (Tokens::Wide(x), Precision::F32) => Operand { ptr: x.ptr, rows: x.rows, ld: x.ld },
             (Tokens::Wide(x), Precision::Bf16) => linear.cast(device, x, &mut workspaces.cast)?,
         };
-        self.tiles(device, s, routes, x, weights, (act, y), out)
+        self.tiles((device, linear), s, routes, x, weights, (act, y), dense)?;
+        self.combine(device, s, routes, y, out)
     }
 
-    fn sort(&self, device: &Device, s: Sizes, routes: Routes) -> crate::Result<()> {
+    /// The entries of every token: experts and their weights.
+    fn route(&self, device: &Device, s: Sizes, logits: &Tensor, routes: Routes) -> Result<()> {
+        let grid = Grid::new("moe_route", [s.tokens.div_ceil(4), 1, 1], 128, 0)?;
+        let args = RouteArgs {
+            logits: logits.ptr(),
+            expert: routes.expert,
+            p: routes.p,
+            tokens: s.tokens as u32,
+            experts: s.experts as u32,
+            top_k: s.top_k as u32,
+        };
+        // SAFETY: the logits are (tokens, experts), the lists of the workspace have an element
+        // for every entry, and top_k is at most the number of experts.
+        unsafe { device.launch(&self.route, &grid, &args) }?;
+        Ok(())
+    }
+
+    fn sort(&self, device: &Device, s: Sizes, routes: Routes) -> Result<()> {
         let grid = Grid::new("moe_sort", [s.experts, 1, 1], 256, 0)?;
         let args = SortArgs {
             expert: routes.expert,
@@ -316,71 +336,67 @@ impl Experts {
             experts: s.experts as u32,
         };
         // SAFETY: the lists have an element for every entry, `start` one more than experts.
-        unsafe { device.launch(&self.sort, &grid, &args) }
+        unsafe { device.launch(&self.sort, &grid, &args) }?;
+        Ok(())
     }
 
-    fn few(
+    fn combine(
         &self,
         device: &Device,
         s: Sizes,
         routes: Routes,
-        x: View,
-        weights: &Moe<Weight>,
-        act: u64,
+        y: u64,
         out: &mut Tensor,
     ) -> Result<()> {
-        let gate_up = RowsArgs {
-            x: x.ptr,
-            w: weights.gate_up_proj.matrix()?,
-            expert: routes.expert,
-            p: routes.p,
-            out: act,
-            hidden: s.hidden as u32,
-            inter: s.inter as u32,
-            top_k: s.top_k as u32,
-            ldw: weights.gate_up_proj.ld(),
-        };
-        let (matrices, operations) = s.work(element_bytes(self.precision));
-        let grid = Grid::new("moe_gate_up_rows", [s.inter.div_ceil(4), s.entries, 1], 128, 0)?
-            .doing(2 * matrices, 2 * operations);
-        // SAFETY: every entry's expert is one of the weights', x has a row for every token, and
-        // the workspace one of `inter` for every entry.
-        unsafe { device.launch(&self.gate_up_rows, &grid, &gate_up) }?;
-        let down = RowsArgs {
-            x: act,
-            w: weights.down_proj.matrix()?,
-            out: out.ptr(),
-            ldw: weights.down_proj.ld(),
-            ..gate_up
-        };
-        let grid = Grid::new("moe_down_rows", [s.hidden.div_ceil(4), s.tokens, 1], 128, 0)?
-            .doing(matrices, operations);
-        // SAFETY: as above; the activations were written by the launch before, and out has a row
-        // for every token.
-        unsafe { device.launch(&self.down_rows, &grid, &down) }?;
+        let grid = Grid::new("moe_combine", [s.tokens, 1, 1], 256, 0)?
+            .doing(4 * (s.entries + s.tokens) * s.hidden, 0);
+        let (place, p, out) = (routes.place, routes.p, out.ptr());
+        let (hidden, top_k) = (s.hidden as u32, s.top_k as u32);
+        let args = CombineArgs { y, place, p, out, hidden, top_k };
+        // SAFETY: every entry has its place among the rows of y; out has a row for every token.
+        unsafe { device.launch(&self.combine, &grid, &args) }?;
         Ok(())
     }
 
-    fn tiles(
+    /// `y` of every sorted entry, each weight being read about once.
+    fn few(
         &self,
         device: &Device,
+        linear: &Linear,
+        s: Sizes,
+        routes: Routes,
+        x: Rows,
+        weights: &Moe<Weight>,
+        (act, y): (&mut Workspace, u64),
+    ) -> Result<()> {
+        let &Sizes { experts, top_k, entries: count, inter, .. } = &s;
+        let entries = Entries { experts, top_k, count, start: routes.start, sorted: routes.sorted };
+        let act = x.alike(device, [count, inter], act)?;
+        linear.few.expert_gated(device, x, &weights.gate_up_proj, entries, act)?;
+        let entries = Entries { sorted: 0, ..entries };
+        linear.few.expert_linear(device, act, &weights.down_proj, entries, y)
+    }
+
+    /// `y` of every sorted entry, in tiles of the entries of an expert.
+    fn tiles(
+        &self,
+        (device, linear): (&Device, &Linear),
         s: Sizes,
         routes: Routes,
         x: Operand,
         weights: &Moe<Weight>,
         (act, y): (u64, u64),
-        out: &mut Tensor,
+        dense: &mut Workspace,
     ) -> Result<()> {
         // The highest tiles that the average expert fills to a third.
         let filled = |t: &&Tiles| s.entries >= s.experts * t.tile / 3;
         let Some(kernels) = self.tiles.iter().find(filled).or(self.tiles.last()) else {
             return Ok(());
         };
-        let count = (s.entries.div_ceil(kernels.tile) + s.experts).min(s.entries);
-        let ldact = weights.down_proj.ld();
+        let ldact = padded(s.inter, self.precision) as u32;
         let gate_up = TilesArgs {
             x: x.ptr,
-            w: weights.gate_up_proj.matrix()?,
+            w: 0,
             start: routes.start,
             sorted: routes.sorted,
             act,
@@ -390,40 +406,42 @@ impl Experts {
             n: s.inter as u32,
             k: s.hidden as u32,
             ldx: x.ld,
-            ldw: weights.gate_up_proj.ld(),
+            ldw: padded(s.hidden, self.precision) as u32,
             ldact,
         };
-        let element = element_bytes(self.precision);
-        let (matrices, operations) = s.work(element);
-        let blocks = [count, s.inter.div_ceil(kernels.cols / 2), 1];
-        let grid = Grid::new("moe_gate_up", blocks, 256, kernels.shared)?
-            .doing(2 * matrices + s.entries * element * (s.hidden + s.inter), 2 * operations);
-        // SAFETY: the sorted entries are those of the tokens of x; the weights have 2 inter rows
-        // for every expert, of a stride that is padded with zeros as that of x is; the workspace
-        // has a row of ldact for every entry.
-        unsafe { device.launch(&kernels.gate_up, &grid, &gate_up) }?;
         let down = TilesArgs {
             x: act,
-            w: weights.down_proj.matrix()?,
             n: s.hidden as u32,
             k: s.inter as u32,
             ldx: ldact,
-            ldw: weights.down_proj.ld(),
+            ldw: ldact,
             ..gate_up
         };
-        let blocks = [count, s.hidden.div_ceil(kernels.cols), 1];
-        let grid = Grid::new("moe_down", blocks, 256, kernels.shared)?
-            .doing(matrices + s.entries * (element * s.inter + 4 * s.hidden), operations);
-        // SAFETY: as above; y has a row of `hidden` for every entry.
-        unsafe { device.launch(&kernels.down, &grid, &down) }?;
-
-        let grid = Grid::new("moe_combine", [s.tokens, 1, 1], 256, 0)?
-            .doing(4 * (s.entries + s.tokens) * s.hidden, 0);
-        let (place, p, out) = (routes.place, routes.p, out.ptr());
-        let (hidden, top_k) = (s.hidden as u32, s.top_k as u32);
-        let args = CombineArgs { y, place, p, out, hidden, top_k };
-        // SAFETY: every entry has its place among the rows of y; out has a row for every token.
-        unsafe { device.launch(&self.combine, &grid, &args) }?;
+        let products = [
+            (&kernels.gate_up, gate_up, &weights.gate_up_proj, s.inter.div_ceil(kernels.cols / 2)),
+            (&kernels.down, down, &weights.down_proj, s.hidden.div_ceil(kernels.cols)),
+        ];
+        let element = element_bytes(self.precision);
+        for (kernel, args, weight, across) in products {
+            linear.per_expert(device, (weight, s.experts), dense, |first, experts, w| {
+                let count = (s.entries.div_ceil(kernels.tile) + experts).min(s.entries);
+                // Of the experts that are multiplied now.
+                let entries = s.entries * experts / s.experts;
+                let [rows, cols] = weight.shape();
+                let bytes = rows / s.experts * cols * experts.min(entries)
+                    + entries * (args.k + args.n) as usize;
+                let operations = 2 * entries * rows / s.experts * cols;
+                let grid = Grid::new("moe_tiles", [count, across, 1], 256, kernels.shared)?
+                    .doing(element * bytes, operations);
+                let start = args.start + 4 * first as u64;
+                let args = TilesArgs { w, start, experts: experts as u32, ..args };
+                // SAFETY: the sorted entries are those of the tokens of x; w has the rows of so
+                // many experts, of a stride that is padded with zeros as that of x is; the
+                // workspaces have rows of ldact and of `hidden` for every entry.
+                unsafe { device.launch(kernel, &grid, &args) }?;
+                Ok(())
+            })?;
+        }
         Ok(())
     }
 }
@@ -453,25 +471,44 @@ impl Many {
 
     fn products(
         &self,
-        device: &Device,
+        (device, linear): (&Device, &Linear),
         s: Sizes,
         routes: Routes,
         (x, act, y): (u64, u64, u64),
         (grouped, weights): (&Grouped, &Moe<Weight>),
+        dense: &mut Workspace,
         out: &mut Tensor,
     ) -> Result<()> {
-        let matrices =
-            |w: &Weight| Ok::<_, jamba_core::Error>(Matrices { ptr: w.matrix()?, ld: w.ld() });
-        let (gate_up, down) = (matrices(&weights.gate_up_proj)?, matrices(&weights.down_proj)?);
-        let Routes { start, sorted, p, .. } = routes;
-        let groups = Groups::Experts { experts: s.experts, start, sorted, p };
-        let x = Operand { ptr: x, rows: s.entries, ld: s.hidden as u32 };
-        // SAFETY: x has `hidden` columns, the weights 2 inter rows for every expert, and the
-        // workspace a row of inter for every entry; weights and workspaces are aligned.
-        unsafe { grouped.swiglu(device, (x, s.hidden), gate_up, groups, (act, s.inter)) }?;
-        let act = Operand { ptr: act, rows: s.entries, ld: s.inter as u32 };
-        // SAFETY: as above, of `hidden` rows for every expert; y has a row for every entry.
-        unsafe { grouped.plain(device, (act, s.inter), down, groups, (y, s.hidden)) }?;
+        let groups = |first: usize, experts| {
+            let Routes { start, sorted, p, .. } = routes;
+            Groups::Experts { experts, start: start + 4 * first as u64, sorted, p }
+        };
+        let gate_up = (&weights.gate_up_proj, s.experts);
+        linear.per_expert(device, gate_up, dense, |first, experts, w| {
+            let x = Operand { ptr: x, rows: s.entries, ld: s.hidden as u32 };
+            let w = Matrices { ptr: w, ld: s.hidden as u32 };
+            // SAFETY: x has `hidden` columns, a multiple of 8, w 2 inter rows of as many for these
+            // experts, and the workspace a row of inter for every entry; weights and workspaces
+            // are aligned.
+            unsafe {
+                grouped.swiglu(device, (x, s.hidden), w, groups(first, experts), (act, s.inter))
+            }?;
+            Ok(())
+        })?;
+        linear.per_expert(
+            device,
+            (&weights.down_proj, s.experts),
+            dense,
+            |first, experts, w| {
+                let act = Operand { ptr: act, rows: s.entries, ld: s.inter as u32 };
+                let w = Matrices { ptr: w, ld: s.inter as u32 };
+                // SAFETY: as above, of `hidden` rows for every expert; y has a row for every entry.
+                unsafe {
+                    grouped.plain(device, (act, s.inter), w, groups(first, experts), (y, s.hidden))
+                }?;
+                Ok(())
+            },
+        )?;
 
         let grid = Grid::new("moe_combine", [s.tokens, 1, 1], 256, 0)?
             .doing((2 * s.entries + 4 * s.tokens) * s.hidden, 0);
@@ -482,4 +519,47 @@ impl Many {
         unsafe { device.launch(&self.combine, &grid, &args) }?;
         Ok(())
     }
+}
+
+/// Few tokens: the weights of an expert are read for every entry.
+fn rows(
+    [gate_up, down]: &[Kernel; 2],
+    (device, element): (&Device, usize),
+    s: Sizes,
+    routes: Routes,
+    x: View,
+    weights: &Moe<Weight>,
+    act: u64,
+    out: &mut Tensor,
+) -> Result<()> {
+    let args = RowsArgs {
+        x: x.ptr,
+        w: weights.gate_up_proj.dense()?,
+        expert: routes.expert,
+        p: routes.p,
+        out: act,
+        hidden: s.hidden as u32,
+        inter: s.inter as u32,
+        top_k: s.top_k as u32,
+        ldw: weights.gate_up_proj.ld(),
+    };
+    let (matrices, operations) = s.work(element);
+    let grid = Grid::new("moe_gate_up_rows", [s.inter.div_ceil(4), s.entries, 1], 128, 0)?
+        .doing(2 * matrices, 2 * operations);
+    // SAFETY: every entry's expert is one of the weights', x has a row for every token, and
+    // the workspace one of `inter` for every entry.
+    unsafe { device.launch(gate_up, &grid, &args) }?;
+    let args = RowsArgs {
+        x: act,
+        w: weights.down_proj.dense()?,
+        out: out.ptr(),
+        ldw: weights.down_proj.ld(),
+        ..args
+    };
+    let grid = Grid::new("moe_down_rows", [s.hidden.div_ceil(4), s.tokens, 1], 128, 0)?
+        .doing(matrices, operations);
+    // SAFETY: as above; the activations were written by the launch before, and out has a row
+    // for every token.
+    unsafe { device.launch(down, &grid, &args) }?;
+    Ok(())
 }

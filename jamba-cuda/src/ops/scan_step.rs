@@ -171,7 +171,7 @@ impl ScanStep {
             return Err(jamba_core::Error::Shape { op, what, expected, got });
         }
         let norms = [w.dt_layernorm.vector()?, w.b_layernorm.vector()?, w.c_layernorm.vector()?];
-        let (dt_proj, ldw) = (w.dt_proj.matrix()?, w.dt_proj.ld());
+        let (dt_proj, ldw) = (w.dt_proj.dense()?, w.dt_proj.ld());
         let args = StepArgs { norms, dt_proj, ldw, eps, ..self.args(o, batch, state, y)? };
         self.launch(device, kernels, &args)
     }

@@ -47,12 +47,15 @@ pub(crate) struct Workspaces {
     pub(crate) expert_out: Workspace,
     /// Chosen tokens.
     pub(crate) chosen: Workspace,
+    /// Dequantised weights of a large product.
+    pub(crate) dense: Workspace,
 }
 
 impl Workspaces {
     fn buffers(&self) -> impl Iterator<Item = &Buffer> {
-        let Self { cast, parts, routes, act, expert_out, chosen } = self;
-        [cast, parts, routes, act, expert_out, chosen].into_iter().filter_map(|w| w.0.as_ref())
+        let Self { cast, parts, routes, act, expert_out, chosen, dense } = self;
+        let all = [cast, parts, routes, act, expert_out, chosen, dense];
+        all.into_iter().filter_map(|w| w.0.as_ref())
     }
 
     /// Bytes allocated so far.

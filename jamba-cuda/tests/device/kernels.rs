@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use jamba_core::Config;
+use jamba_core::{Config, WeightFormat};
 use jamba_cuda::{Error, KernelCache, Precision, compile};
 use libtest_mimic::{Failed, Trial};
 
@@ -30,7 +30,7 @@ fn configs() -> Vec<(&'static str, Config)> {
 }
 
 pub(crate) fn trials() -> Vec<Trial> {
-    let probe = compile(&configs()[0].1, Precision::F32, "sm_80", &cache());
+    let probe = compile(&configs()[0].1, Precision::F32, WeightFormat::Stored, "sm_80", &cache());
     let missing = matches!(probe, Err(Error::Missing { .. }));
     if let Err(reason @ Error::Missing { .. }) = probe {
         println!("kernels are not compiled: {reason}");
@@ -40,8 +40,11 @@ pub(crate) fn trials() -> Vec<Trial> {
         for precision in [Precision::F32, Precision::Bf16] {
             for (name, config) in configs() {
                 let run = move || {
-                    let compiled = compile(&config, precision, arch, &cache())?;
-                    if compiled.len() < 11 || compiled.iter().any(|c| c.bytes < 1000) {
+                    // Of all formats, which differ in one source.
+                    let all = WeightFormat::ALL
+                        .map(|format| compile(&config, precision, format, arch, &cache()));
+                    let compiled: Vec<_> = all.into_iter().collect::<Result<Vec<_>, _>>()?.concat();
+                    if compiled.len() < 48 || compiled.iter().any(|c| c.bytes < 1000) {
                         return Err(format!("too little was compiled: {compiled:?}").into());
                     }
                     Ok(())
@@ -68,26 +71,26 @@ fn kept(folder: &Path) -> std::io::Result<Vec<(PathBuf, Vec<u8>)>> {
 fn cached() -> Result<(), Failed> {
     let folder = tempfile::tempdir()?;
     let cache = KernelCache::Folder(folder.path().to_owned());
-    let mut config = Config::preset("jamba-tales-11m")?;
-    let all = compile(&config, Precision::F32, "sm_80", &cache)?;
+    let (mut config, stored) = (Config::preset("jamba-tales-11m")?, WeightFormat::Stored);
+    let all = compile(&config, Precision::F32, stored, "sm_80", &cache)?;
     let first = kept(folder.path())?;
     check(first.len() == all.len(), format!("{} files of {} kernels", first.len(), all.len()))?;
     let times = || -> std::io::Result<Vec<_>> {
         first.iter().map(|(path, _)| path.metadata()?.modified()).collect()
     };
     let before = times()?;
-    compile(&config, Precision::F32, "sm_80", &cache)?;
+    compile(&config, Precision::F32, stored, "sm_80", &cache)?;
     check(times()? == before, "what is there was compiled again")?;
     let (damaged, whole) = &first[0];
     std::fs::write(damaged, &whole[..whole.len() - 1])?;
-    compile(&config, Precision::F32, "sm_80", &cache)?;
+    compile(&config, Precision::F32, stored, "sm_80", &cache)?;
     check(kept(folder.path())? == first, "a damaged file was left")?;
 
     config.mamba_d_conv += 1;
-    compile(&config, Precision::F32, "sm_80", &cache)?;
+    compile(&config, Precision::F32, stored, "sm_80", &cache)?;
     let sized = kept(folder.path())?.len() - first.len();
     check(sized == 1, format!("{sized} files more for another size"))?;
-    compile(&config, Precision::F32, "sm_90a", &cache)?;
+    compile(&config, Precision::F32, stored, "sm_90a", &cache)?;
     let both = kept(folder.path())?;
     check(both.len() == first.len() + sized + all.len(), "architectures share files")?;
     check(first.iter().all(|file| both.contains(file)), "files of one replaced those of another")

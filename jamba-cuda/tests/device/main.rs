@@ -1,4 +1,5 @@
-//! The CUDA backend in both precisions: the conformance kit, models, the engine, faults. On a
+//! The CUDA backend in both precisions and every format: the conformance kit, models, the engine,
+//! faults. On a
 //! machine without a card, or without NVRTC, the trials that need it are listed as ignored, and why
 //! is said.
 //!
@@ -13,17 +14,19 @@ mod greedy;
 mod kernels;
 mod models;
 mod prompts;
+mod quantised;
 mod step;
 mod support;
 
 use std::process::ExitCode;
 
+use jamba_core::WeightFormat;
 use jamba_cuda::{KernelCache, Precision};
-use jamba_tests::cases;
 use jamba_tests::conformance::summary;
+use jamba_tests::{Format, cases};
 use libtest_mimic::{Arguments, Failed, Trial};
 
-use crate::support::{KERNELS, PRECISIONS, cache, guarded, open, support};
+use crate::support::{KERNELS, PRECISIONS, cache, guarded_with, open, support};
 
 fn main() -> ExitCode {
     if std::env::var_os(faults::TRAP).is_some() {
@@ -38,7 +41,15 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let mut trials = Vec::new();
     for precision in PRECISIONS {
-        trials.extend(kit(precision));
+        trials.extend(kit(precision, None, |_| true));
+        for format in Format::QUANTISED {
+            // In f32 they are the values that they stand for, of which all else is told above.
+            let is_all = precision == Precision::Bf16;
+            trials.extend(kit(precision, Some(format), |case| {
+                is_all || ["problem::linear", "problem::forward"].contains(&case)
+            }));
+        }
+        trials.extend(quantised::trials(precision));
         trials.extend(models::trials(precision));
         trials.extend(step::trials(precision));
         trials.extend(engine::trials(precision));
@@ -74,16 +85,24 @@ fn main() -> ExitCode {
     exit
 }
 
-/// The conformance kit, each case on a backend of its own.
-fn kit(precision: Precision) -> Vec<Trial> {
-    let declared = Trial::test(format!("{precision:?}::kit"), move || {
-        println!("{precision:?}: {}", summary(&support(precision))?);
-        Ok(())
-    });
-    let cases = cases().into_iter().map(|case| {
-        Trial::test(format!("{precision:?}::{case}"), move || {
-            let run = |backend| case.check(backend, &support(precision)).map_err(Failed::from);
-            println!("{precision:?}::{case}: {}", guarded(precision, run)?);
+/// The conformance kit, each case on a backend of its own: `PRECISION::CASE`, or
+/// `PRECISION::FORMAT::CASE`.
+fn kit(precision: Precision, format: Option<Format>, wanted: impl Fn(&str) -> bool) -> Vec<Trial> {
+    let name = format.map_or(format!("{precision:?}"), |format| format!("{precision:?}::{format}"));
+    let declared = {
+        let name = name.clone();
+        Trial::test(format!("{name}::kit"), move || {
+            println!("{name}: {}", summary(&support(precision, format))?);
+            Ok(())
+        })
+    };
+    let cases = cases().into_iter().filter(|case| wanted(&case.to_string())).map(|case| {
+        let name = format!("{name}::{case}");
+        Trial::test(name.clone(), move || {
+            let support = support(precision, format);
+            let run = |backend| case.check(backend, &support).map_err(Failed::from);
+            let weights = format.map_or(WeightFormat::Stored, Format::weight_format);
+            println!("{name}: {}", guarded_with(precision, weights, run)?);
             Ok(())
         })
     });

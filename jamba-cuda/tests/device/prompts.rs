@@ -1,7 +1,6 @@
 //! Problems of the conformance kit of as many tokens as prompts have, in sizes that the kernels
 //! for prompts are made for: random problems are of some ten tokens, and mostly of odd sizes.
 
-use jamba_cuda::Precision;
 use jamba_tests::conformance::Instance;
 use jamba_tests::problem::AnyProblem;
 use jamba_tests::problem::attention::Attention;
@@ -16,6 +15,7 @@ use jamba_tests::problem::moe_experts::MoeExperts;
 use jamba_tests::problem::moe_ffn::MoeFfn;
 use jamba_tests::problem::ragged::{Ragged, Rows, Sequence};
 use jamba_tests::problem::selective_scan::SelectiveScan;
+use jamba_tests::{Format, Precision};
 use libtest_mimic::Trial;
 
 use crate::support::{PRECISIONS, of_table};
@@ -23,7 +23,12 @@ use crate::support::{PRECISIONS, of_table};
 /// Every line is of a problem that there can be, and of a case.
 pub(crate) fn trial() -> Trial {
     Trial::test("prompts::lines", || {
-        for line in PRECISIONS.map(regressions).iter().flat_map(|text| text.lines()) {
+        for line in PRECISIONS
+            .map(of_table)
+            .map(|(p, w)| regressions(p, w))
+            .iter()
+            .flat_map(|text| text.lines())
+        {
             line.parse::<Instance>().map_err(|error| format!("{error}: {line}"))?;
         }
         Ok(())
@@ -44,8 +49,7 @@ fn batch() -> Ragged {
 
 /// The lines that the kit tries before random problems. Of experts all are chosen where a rounding
 /// could choose others.
-pub(crate) fn regressions(precision: Precision) -> String {
-    let (precision, weights) = of_table(precision);
+pub(crate) fn regressions(precision: Precision, weights: Format) -> String {
     let batch = batch();
     let tokens: usize = batch.seqs.iter().map(|seq| seq.len).sum();
     let even = Sizes {

@@ -1,22 +1,35 @@
 //! Decode steps as graphs: to the bit those launched kernel by kernel.
 
 use jamba_core::backend::{Backend, Scratch};
-use jamba_core::{Batch, Cols, Config, Limits, Model, ModelRunner, Outputs, Runner, compose};
+use jamba_core::{
+    Batch, Cols, Config, Limits, Model, ModelRunner, Outputs, Runner, WeightFormat, compose,
+};
 use jamba_cuda::{CudaBackend, Precision, State, Tensor};
 use libtest_mimic::{Failed, Trial};
 
-use crate::support::{check, close, guarded, law, random, small, text};
+use crate::support::{check, close, guarded, guarded_with, law, random, small, text};
 
 pub(crate) fn trials(precision: Precision) -> Vec<Trial> {
     let trial = |name, run: fn(CudaBackend) -> Result<(), Failed>| {
         Trial::test(format!("{precision:?}::step::{name}"), move || guarded(precision, run))
     };
-    vec![
+    let mut trials = vec![
         trial("graph_equals_eager", graph_equals_eager),
         trial("many_graphs", many_graphs),
         trial("other_memory", other_memory),
         trial("decode_as_prompt", decode_as_prompt),
-    ]
+    ];
+    // In f32 what is quantised is kept, and so launched, as what is not.
+    let formats = WeightFormat::ALL.into_iter().filter(|f| *f != WeightFormat::Stored);
+    for format in formats.filter(|_| precision == Precision::Bf16) {
+        let mut trial = |name, run: fn(CudaBackend) -> Result<(), Failed>| {
+            let name = format!("{precision:?}::{format}::step::{name}");
+            trials.push(Trial::test(name, move || guarded_with(precision, format, run)));
+        };
+        trial("graph_equals_eager", graph_equals_eager);
+        trial("decode_as_prompt", decode_as_prompt);
+    }
+    trials
 }
 
 /// A state and its scratch, run by hand.

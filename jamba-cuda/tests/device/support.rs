@@ -4,8 +4,15 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use jamba_core::random::RandomParams;
-use jamba_core::{Config, Dtype, Model};
+use jamba_core::{Config, Dtype, Model, WeightFormat};
 use jamba_cuda::{CudaBackend, CudaOptions, KernelCache, Precision};
+use jamba_tests::conformance::Instance;
+use jamba_tests::problem::AnyProblem;
+use jamba_tests::problem::block::{Block, Sizes};
+use jamba_tests::problem::linear::Linear;
+use jamba_tests::problem::mlp::Mlp;
+use jamba_tests::problem::moe_experts::MoeExperts;
+use jamba_tests::problem::ragged::{Ragged, Rows, Sequence};
 use jamba_tests::tolerance::Tolerance;
 use jamba_tests::{Format, Support};
 use libtest_mimic::Failed;
@@ -28,9 +35,18 @@ pub(crate) fn cache() -> KernelCache {
 /// The first card. Its memory lies between guards, unless `JAMBA_UNGUARDED` is set: a sanitizer
 /// sees itself what is written beyond an allocation, but not within a guard.
 pub(crate) fn open(precision: Precision) -> jamba_cuda::Result<CudaBackend> {
+    open_with(precision, WeightFormat::Stored)
+}
+
+/// The same with weights in a format.
+pub(crate) fn open_with(
+    precision: Precision,
+    format: WeightFormat,
+) -> jamba_cuda::Result<CudaBackend> {
     let is_guarded = std::env::var_os("JAMBA_UNGUARDED").is_none();
     CudaBackend::with_options(CudaOptions {
         precision,
+        format,
         cache: cache(),
         is_guarded,
         ..CudaOptions::default()
@@ -43,7 +59,16 @@ pub(crate) fn guarded<T>(
     precision: Precision,
     trial: impl FnOnce(CudaBackend) -> Result<T, Failed>,
 ) -> Result<T, Failed> {
-    let backend = open(precision)?;
+    guarded_with(precision, WeightFormat::Stored, trial)
+}
+
+/// The same with weights in a format.
+pub(crate) fn guarded_with<T>(
+    precision: Precision,
+    format: WeightFormat,
+    trial: impl FnOnce(CudaBackend) -> Result<T, Failed>,
+) -> Result<T, Failed> {
+    let backend = open_with(precision, format)?;
     let overruns = backend.overruns();
     let passed = trial(backend)?;
     match overruns() {
@@ -52,13 +77,24 @@ pub(crate) fn guarded<T>(
     }
 }
 
-/// What the conformance kit is to ask of a precision: prompts first, then random problems.
-pub(crate) fn support(precision: Precision) -> Support {
-    let support = Support::default().regressions(&prompts::regressions(precision));
-    match precision {
-        Precision::F32 => support,
-        Precision::Bf16 => support.precision(jamba_tests::Precision::Bf16).weights(&[Format::Bf16]),
-    }
+/// Problems of a case in a format that quantises: what does not touch weights is the same code as
+/// in all problems of the stored ones.
+const CASES_QUANTISED: u32 = 16;
+
+/// What the conformance kit is to ask of a precision, of weights as they are stored or in a format:
+/// prompts and products first, then random problems.
+pub(crate) fn support(precision: Precision, format: Option<Format>) -> Support {
+    let (kit, stored) = of_table(precision);
+    let support = Support::default().precision(kit);
+    let all = [stored];
+    let (support, weights) = match (format, precision) {
+        (Some(format), _) => (support.weights(&[format]).cases(CASES_QUANTISED), format),
+        (None, Precision::F32) => (support.weights(&Format::STORED), stored),
+        (None, Precision::Bf16) => (support.weights(&all), stored),
+    };
+    let lines = products(kit, weights).into_iter().map(|problem| format!("{problem}\n"));
+    let lines = lines.collect::<String>() + &prompts::regressions(kit, weights);
+    support.regressions(lines.trim_end())
 }
 
 /// The rows of the table of tolerances that a precision is held to.
@@ -67,6 +103,49 @@ pub(crate) fn of_table(precision: Precision) -> (jamba_tests::Precision, Format)
         Precision::F32 => (jamba_tests::Precision::F32, Format::F32),
         Precision::Bf16 => (jamba_tests::Precision::Bf16, Format::Bf16),
     }
+}
+
+/// Products of every number of rows for which there is another kernel, which random problems are
+/// too small for.
+fn products(precision: jamba_tests::Precision, weights: Format) -> Vec<Instance> {
+    let mut problems = Vec::new();
+    for (i, rows) in [1, 7, 9, 16, 17, 31, 40, 64, 65].into_iter().enumerate() {
+        let seed = i as u32;
+        for (k, n, beside) in [(96, 80, [0, 0]), (1000, 33, [0, 0]), (77, 300, [3, 4])] {
+            let (pieces, bias) = (2, i % 2 == 0);
+            problems.push(AnyProblem::Linear(Linear {
+                rows,
+                k,
+                n,
+                beside,
+                pieces,
+                bias,
+                weights,
+                precision,
+                seed,
+            }));
+        }
+        let seqs = vec![Sequence { slot: 0, past: 0, len: rows, rows: Rows::None }];
+        let sizes = Sizes { hidden: 48 + 8 * i, inter: 100 + i, ..Sizes::small() };
+        let batch = Ragged { slots: 1, seqs };
+        problems.push(AnyProblem::Mlp(Mlp(Block { sizes, batch, weights, precision, seed })));
+        for (rows, experts, top_k) in [(rows, 16, 2), (2 * rows, 40, 2), (rows, 3, 2)] {
+            let (hidden, inter) = (64 + 5 * i, 40 + 3 * i);
+            problems.push(AnyProblem::MoeExperts(MoeExperts {
+                rows,
+                hidden,
+                inter,
+                experts,
+                top_k,
+                weights,
+                precision,
+                seed,
+                ties: false,
+                pieces: 1,
+            }));
+        }
+    }
+    problems.into_iter().map(Instance::Problem).collect()
 }
 
 /// How far two ways to the same logits may be from each other: less than the kit allows, as the

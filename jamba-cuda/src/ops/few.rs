@@ -1,0 +1,355 @@
+//! Launches `kernels/few.cu`.
+#![allow(unsafe_code, reason = "launches kernels")]
+
+use jamba_core::quant::Packing;
+use jamba_core::shape::Shaped;
+use jamba_core::{Result, Role, WeightFormat};
+
+use super::linear::Operand;
+use super::workspace::Workspace;
+use crate::device::{Device, Grid, Kernel};
+use crate::kernels::{Loader, Unit};
+use crate::options::Precision;
+use crate::tensor::View;
+use crate::weight::{self, Matrix, Weight};
+
+/// Rows of x up to which each weight is read once.
+pub(crate) const FEW_ROWS: usize = 64;
+
+/// Rows of x up to which it is taken in f32.
+pub(crate) const F32_ROWS: usize = 8;
+
+/// Bytes of a matrix that are brought to the L2 cache, more of which gains nothing, while
+/// kernels before the product still run.
+const AHEAD_BYTES: usize = 4 << 20;
+
+/// Entries of a tile of an expert, at most.
+const MOST_ENTRIES: usize = 32;
+
+/// The sources for weights in this format.
+pub(super) fn units(precision: Precision, format: WeightFormat) -> Vec<Unit> {
+    packings(precision, format).into_iter().map(unit).collect()
+}
+
+fn unit(packing: Packing) -> Unit {
+    let number = match packing {
+        Packing::Int8Row => 1,
+        Packing::Int8Block => 2,
+        Packing::Int4Block => 3,
+    };
+    let defines = vec![("PACKING", number)];
+    Unit { stem: "few", source: include_str!("../../kernels/few.cu"), defines }
+}
+
+/// Everything that a quantised matrix may be in this format.
+fn packings(precision: Precision, format: WeightFormat) -> Vec<Packing> {
+    let mut packings = Vec::new();
+    for role in [Role::Head, Role::Linear, Role::Experts, Role::Mlp] {
+        let packing = weight::packing(role, precision, format);
+        packings.extend(packing.filter(|packing| !packings.contains(packing)));
+    }
+    packings
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct FewArgs {
+    x: u64,
+    w: u64,
+    scales: u64,
+    bias: u64,
+    out: u64,
+    start: u64,
+    sorted: u64,
+    rows: u32,
+    n: u32,
+    k: u32,
+    ldx: u32,
+    ldo: u32,
+    stride: u32,
+    scale_stride: u32,
+    experts: u32,
+    top_k: u32,
+    ahead: u32,
+}
+
+/// Rows of x: up to [`F32_ROWS`] in f32, aligned and of a multiple of 8 columns, or up to
+/// [`FEW_ROWS`] in bf16.
+#[derive(Clone, Copy)]
+pub(crate) enum Rows {
+    F32(View),
+    Bf16(Operand),
+}
+
+impl Rows {
+    /// `x` as it is, if it can be taken so.
+    pub(crate) fn f32(x: View) -> Option<Self> {
+        (x.rows <= F32_ROWS && x.aligned() && x.cols.is_multiple_of(8)).then_some(Self::F32(x))
+    }
+
+    /// Address of the first row.
+    pub(crate) fn ptr(self) -> u64 {
+        match self {
+            Self::F32(x) => x.ptr,
+            Self::Bf16(x) => x.ptr,
+        }
+    }
+
+    /// Elements from one row to the next.
+    pub(crate) fn ld(self) -> u32 {
+        match self {
+            Self::F32(x) => x.ld,
+            Self::Bf16(x) => x.ld,
+        }
+    }
+
+    /// Memory for other rows, of so many columns up to the next multiple of 8, of the same type.
+    pub(crate) fn alike(
+        self,
+        device: &Device,
+        [rows, cols]: [usize; 2],
+        workspace: &mut Workspace,
+    ) -> Result<Self> {
+        let ld = cols.next_multiple_of(8);
+        Ok(match self {
+            Self::F32(_) => {
+                let ptr = workspace.reserve(device, 4 * rows * ld)?;
+                Self::F32(View { ptr, rows, cols, ld: ld as u32 })
+            }
+            Self::Bf16(_) => {
+                let ptr = workspace.reserve(device, 2 * rows * ld)?;
+                Self::Bf16(Operand { ptr, rows, ld: ld as u32 })
+            }
+        })
+    }
+
+    fn len(self) -> usize {
+        match self {
+            Self::F32(x) => x.rows,
+            Self::Bf16(x) => x.rows,
+        }
+    }
+
+    /// Which of the kernels takes so many rows at a time.
+    fn variant(self, rows: usize) -> usize {
+        match self {
+            Self::F32(_) => 0,
+            Self::Bf16(_) => 1 + rows.div_ceil(8).next_power_of_two().ilog2() as usize,
+        }
+    }
+}
+
+/// The entries of the experts.
+#[derive(Clone, Copy)]
+pub(crate) struct Entries {
+    pub(crate) experts: usize,
+    pub(crate) top_k: usize,
+    pub(crate) count: usize,
+    /// Of the sorted entries of each expert.
+    pub(crate) start: u64,
+    /// Their numbers, 0 where x is sorted already.
+    pub(crate) sorted: u64,
+}
+
+impl Entries {
+    /// Whether so many are few for each expert.
+    pub(crate) fn are_few(count: usize, experts: usize) -> bool {
+        count <= experts.saturating_mul(MOST_ENTRIES * 3 / 4)
+    }
+
+    /// Entries of a tile: what most experts have.
+    fn tile(&self, x: Rows) -> usize {
+        match self.count / self.experts.max(1) {
+            _ if matches!(x, Rows::F32(_)) => 8,
+            0..=4 => 8,
+            5..=10 => 16,
+            _ => MOST_ENTRIES,
+        }
+    }
+}
+
+struct Variant {
+    kernel: Kernel,
+    /// Columns of the result of a block, and rows of W for each.
+    rows: usize,
+    rows_of_w: usize,
+    /// Warps of a block at most.
+    warps: usize,
+}
+
+struct Kernels {
+    packing: Packing,
+    linear: Vec<Variant>,
+    gated: Vec<Variant>,
+    expert_linear: Vec<Variant>,
+    expert_gated: Vec<Variant>,
+}
+
+/// Kernels of `few.cu`.
+pub(crate) struct Few {
+    kernels: Vec<Kernels>,
+    /// Warps that keep the memory busy.
+    enough: usize,
+}
+
+impl Few {
+    pub(crate) fn load(loader: &Loader) -> crate::Result<Self> {
+        let load = |packing| {
+            let module = loader.module(&unit(packing))?;
+            // TILES and COLUMNS of few.cu.
+            let variants = |names: &[&'static str], tiles: [usize; 5], is_gated: bool| {
+                let columns = [1, 1, 2, 4, 8];
+                let variant = |(name, (tiles, columns)): (&&'static str, (usize, usize))| {
+                    let kernel = module.overlapping(name)?;
+                    let (rows, rows_of_w) = if is_gated { (16, 2) } else { (16 * tiles, 1) };
+                    // MOST_WARPS of few.cu.
+                    let warps = match columns {
+                        1 => 16 / tiles,
+                        _ => (64 / (tiles * columns)).min(8),
+                    };
+                    Ok(Variant { kernel, rows, rows_of_w, warps })
+                };
+                let sizes = tiles.into_iter().zip(columns);
+                names.iter().zip(sizes).map(variant).collect::<crate::Result<Vec<_>>>()
+            };
+            let linear = ["linear_f32", "linear_8", "linear_16", "linear_32", "linear_64"];
+            let gated = ["gated_f32", "gated_8", "gated_16", "gated_32", "gated_64"];
+            let expert_linear =
+                ["expert_linear_f32", "expert_linear_8", "expert_linear_16", "expert_linear_32"];
+            let expert_gated =
+                ["expert_gated_f32", "expert_gated_8", "expert_gated_16", "expert_gated_32"];
+            Ok(Kernels {
+                packing,
+                linear: variants(&linear, [1, 1, 1, 1, 2], false)?,
+                gated: variants(&gated, [2; 5], true)?,
+                expert_linear: variants(&expert_linear, [1; 5], false)?,
+                expert_gated: variants(&expert_gated, [2; 5], true)?,
+            })
+        };
+        let packings = packings(loader.precision, loader.format).into_iter();
+        let kernels = packings.map(load).collect::<crate::Result<_>>()?;
+        Ok(Self { kernels, enough: 16 * loader.device.multiprocessors() })
+    }
+
+    fn kernels(&self, packing: Option<Packing>) -> Result<&Kernels> {
+        self.kernels.iter().find(|k| Some(k.packing) == packing).ok_or_else(|| {
+            let what = format!("products with weights in {packing:?}, which its format has not");
+            jamba_core::Error::Unsupported { backend: "cuda", what }
+        })
+    }
+
+    /// `out (rows, n) = x weight^T + bias`, in f32.
+    pub(crate) fn linear(
+        &self,
+        device: &Device,
+        x: Rows,
+        weight: &Weight,
+        bias: Option<&Weight>,
+        out: u64,
+    ) -> Result<()> {
+        let ([n, k], matrix) = (weight.shape(), weight.matrix()?);
+        let args = FewArgs {
+            bias: bias.map_or(Ok(0), Weight::vector)?,
+            out,
+            ldo: n as u32,
+            ..args(x, matrix, [n, k])
+        };
+        let variant = &self.kernels(matrix.packing)?.linear[x.variant(x.len())];
+        self.launch(device, variant, args, None)
+    }
+
+    /// `out = silu(gate) * up` of `x weight^T = [gate | up]`, with zeros up to the next row.
+    pub(crate) fn gated(&self, device: &Device, x: Rows, weight: &Weight, out: Rows) -> Result<()> {
+        let ([n, k], matrix) = (weight.shape(), weight.matrix()?);
+        let args = FewArgs { out: out.ptr(), ldo: out.ld(), ..args(x, matrix, [n / 2, k]) };
+        let variant = &self.kernels(matrix.packing)?.gated[x.variant(x.len())];
+        self.launch(device, variant, args, None)
+    }
+
+    /// [`gated`](Self::gated) for the entries of experts: x has a row for every token, out one for
+    /// every sorted entry.
+    pub(crate) fn expert_gated(
+        &self,
+        device: &Device,
+        x: Rows,
+        weight: &Weight,
+        entries: Entries,
+        out: Rows,
+    ) -> Result<()> {
+        let ([n, k], matrix) = (weight.shape(), weight.matrix()?);
+        let n = n / (2 * entries.experts.max(1));
+        let args = FewArgs { out: out.ptr(), ldo: out.ld(), ..args(x, matrix, [n, k]) };
+        let variant = &self.kernels(matrix.packing)?.expert_gated[x.variant(entries.tile(x))];
+        self.launch(device, variant, args, Some((entries, entries.tile(x))))
+    }
+
+    /// `out (entries, n)` = the product of each sorted entry, a row of x, with its expert's matrix.
+    pub(crate) fn expert_linear(
+        &self,
+        device: &Device,
+        x: Rows,
+        weight: &Weight,
+        entries: Entries,
+        out: u64,
+    ) -> Result<()> {
+        let ([n, k], matrix) = (weight.shape(), weight.matrix()?);
+        let n = n / entries.experts.max(1);
+        let args = FewArgs { out, ldo: n as u32, ..args(x, matrix, [n, k]) };
+        let variant = &self.kernels(matrix.packing)?.expert_linear[x.variant(entries.tile(x))];
+        self.launch(device, variant, args, Some((entries, entries.tile(x))))
+    }
+
+    fn launch(
+        &self,
+        device: &Device,
+        variant: &Variant,
+        args: FewArgs,
+        entries: Option<(Entries, usize)>,
+    ) -> Result<()> {
+        let across = (args.n as usize).max(args.ldo as usize).div_ceil(variant.rows);
+        let (rows, row_bytes) = (args.rows as usize, (args.stride + args.scale_stride) as usize);
+        let of_matrix = variant.rows_of_w * args.n as usize;
+        let (blocks, args, matrices, products) = match entries {
+            None => {
+                let ahead = (AHEAD_BYTES / of_matrix.max(1)).min(args.stride as usize) & !127;
+                ([across, 1, 1], FewArgs { ahead: ahead as u32, ..args }, 1.0, rows)
+            }
+            Some((e, tile)) => {
+                // As many tiles as there may be.
+                let tiles = (e.count / tile + e.experts).min(e.count);
+                let (experts, top_k) = (e.experts as u32, e.top_k as u32);
+                let (start, sorted) = (e.start, e.sorted);
+                let args = FewArgs { start, sorted, experts, top_k, ..args };
+                // Experts that are chosen, if each token chooses at random.
+                let (all, tokens) = (e.experts as f64, (e.count / e.top_k.max(1)) as i32);
+                let chosen = all - all * (1.0 - e.top_k as f64 / all).powi(tokens);
+                ([tiles, across, 1], args, chosen, e.count)
+            }
+        };
+        let total = (blocks[0] * blocks[1]).max(1);
+        let warps = (self.enough / total).next_power_of_two().clamp(2, variant.warps);
+        let bytes = (matrices * (of_matrix * row_bytes) as f64) as usize;
+        let operations = 2 * products * of_matrix * args.k as usize;
+        let grid = Grid::new("few", blocks, 32 * warps, 0)?.doing(bytes, operations);
+        // SAFETY: x has `rows` rows, or one for every token or entry, of k columns, the matrix n
+        // rows (gated: 2 n) for each expert, the bias n elements, out a row of ldo for every row or
+        // entry, as the callers say; there is a tile for every row of x.
+        unsafe { device.launch(&variant.kernel, &grid, &args) }?;
+        Ok(())
+    }
+}
+
+fn args(x: Rows, matrix: Matrix, [n, k]: [usize; 2]) -> FewArgs {
+    FewArgs {
+        x: x.ptr(),
+        w: matrix.ptr,
+        scales: matrix.scales,
+        rows: x.len() as u32,
+        n: n as u32,
+        k: k as u32,
+        ldx: x.ld(),
+        stride: matrix.stride as u32,
+        scale_stride: matrix.scale_stride as u32,
+        ..FewArgs::default()
+    }
+}
