@@ -407,11 +407,11 @@ impl Worker {
             let told = turn.told;
             turn.next = turn.sequence.write(told, is_full);
         });
-        let end = |turn: Mutex<Turn<'_, '_>>| {
-            let turn = turn.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let ends = turns.into_iter().map(|turn| {
+            let turn: Turn = turn.into_inner().unwrap_or_else(PoisonError::into_inner);
             (turn.slot, turn.next, turn.told)
-        };
-        let ends: Vec<_> = turns.into_iter().map(end).collect();
+        });
+        let ends: Vec<_> = ends.collect();
         let generated = ends.iter().filter(|(_, next, _)| next.is_ok()).count();
         self.stats.generated_tokens += generated as u64;
         ends.into_iter().for_each(|(slot, next, told)| self.end(slot, next, told));
