@@ -9,7 +9,7 @@ use jamba_core::cost::{Cost, Span, StateBytes};
 use jamba_core::random::RandomParams;
 use jamba_core::{
     Batch, Checkpoint, Config, Dtype, Error, LanguageModel, Limits, Outputs, Result, Runner,
-    WeightFormat,
+    Sampler, Sampling, WeightFormat,
 };
 use jamba_examples::machine::{Limit, Machine, device_used, host_peak, profile};
 use jamba_examples::{BackendName, model_folder, print, run};
@@ -58,6 +58,16 @@ struct Args {
     /// Tokens that every sequence has before it generates [default: the prompt].
     #[arg(long, value_name = "N")]
     context: Option<usize>,
+    /// How the tokens that a step gives are chosen; 0 takes the most probable ones. (They are not the
+    /// next to be run.)
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    temperature: f32,
+    /// Choose among so many most probable tokens; 0 for all.
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    top_k: usize,
+    /// Choose among the most probable tokens that have this share together.
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    top_p: f32,
     /// How many times each is measured, after once that does not count.
     #[arg(long, value_name = "N", default_value = "3")]
     runs: std::num::NonZeroUsize,
@@ -86,7 +96,10 @@ fn bench(args: &Args) -> Result<()> {
     ))?;
 
     let (kept, format) = kept(args.backend, model.config(), args.quant);
-    let bench = Bench { args, model: &*model, machine: &machine, kept: &kept, format };
+    let Args { temperature, top_k, top_p, .. } = *args;
+    let sampling = Sampling { temperature, top_k, top_p, seed: args.seed, ..Sampling::default() };
+    let sampler = Sampler::new(sampling, model.config().vocab_size)?;
+    let bench = Bench { args, model: &*model, machine: &machine, kept: &kept, format, sampler };
     let (mut phases, mut device) = (Vec::new(), device_used(args.backend)?);
     let mut show = |(phase, used): (Phase, Option<u64>)| {
         phases.push(phase.json());
@@ -158,6 +171,7 @@ struct Bench<'a> {
     machine: &'a Machine,
     kept: &'a Config,
     format: WeightFormat,
+    sampler: Sampler,
 }
 
 impl Bench<'_> {
@@ -200,7 +214,7 @@ impl Bench<'_> {
             let outputs = if wanted { Outputs::Last } else { Outputs::None };
             runner.step(&Batch::single(0, past, &ids, outputs))?;
         }
-        if with_logits { choose(runner) } else { Ok(()) }
+        if with_logits { self.choose(runner, 1) } else { Ok(()) }
     }
 
     /// Sequences with the same past and tokens of their own after it.
@@ -227,7 +241,7 @@ impl Bench<'_> {
                     step.push(slot, position, &[self.id(slot, position)], Outputs::Last);
                 }
                 runner.step(&step)?;
-                choose(&*runner)?;
+                self.choose(&*runner, batch)?;
                 position += 1;
             }
             Ok(())
@@ -236,7 +250,10 @@ impl Bench<'_> {
         for slot in 0..batch {
             step.push(slot, position, &[self.id(slot, position)], Outputs::Last);
         }
-        self.profile(|| runner.step(&step))?;
+        self.profile(|| {
+            runner.step(&step)?;
+            self.choose(&*runner, batch)
+        })?;
         // In the middle of what was measured.
         let past = past + generate + generate * runs / 2;
         let spans = vec![Span { past, tokens: 1, outputs: 1 }; batch];
@@ -244,6 +261,17 @@ impl Bench<'_> {
         let limit = self.machine.limit([cost]);
         let used = device_used(self.args.backend)?;
         Ok((Phase { name: "decode", batch, past, tokens: batch, seconds, cost, limit }, used))
+    }
+
+    /// Takes from a step what a generator does: a token of each sequence.
+    fn choose(&self, runner: &dyn Runner, outputs: usize) -> Result<()> {
+        let choices = vec![Some(self.sampler.choice()); outputs];
+        if runner.choose(&choices)?.iter().all(Option::is_some) {
+            return Ok(());
+        }
+        let logits = runner.logits()?;
+        let rows = logits.chunks_exact(runner.config().vocab_size).zip(choices.iter().flatten());
+        rows.map(|(row, choice)| choice.sample(row)).try_for_each(|chosen| chosen.map(drop))
     }
 
     /// Shows the kernels of `work`, if that is asked for.
@@ -259,14 +287,6 @@ impl Bench<'_> {
         let n = self.args.seed + ((slot as u64) << 32) + position as u64 + 1;
         let hash = n.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         ((hash ^ (hash >> 29)) % self.model.config().vocab_size as u64) as u32
-    }
-}
-
-/// Takes from a step what a generator does: the most probable tokens.
-fn choose(runner: &dyn Runner) -> Result<()> {
-    match runner.greedy()?.iter().all(Option::is_some) {
-        true => Ok(()),
-        false => Err(Error::NonFinite { position: 0 }),
     }
 }
 

@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::error::Result;
 use crate::memory;
 use crate::quant::WeightFormat;
-use crate::sampler::{self, Sampled};
+use crate::sampler::{Choice, Sampled};
 use crate::shape;
 use crate::tensor::Param;
 use crate::trace::Activation;
@@ -216,14 +216,19 @@ pub trait Backend: Sized {
     fn write(&self, dst: &mut Self::Tensor, src: &[f32]) -> Result<()>;
     /// Reads the rows in use, row-major.
     fn read(&self, src: Cols<'_, Self::Tensor>) -> Result<Vec<f32>>;
-    /// Per row in use of `logits` the most probable token ([`sampler::greedy`]); `None` where a
-    /// logit is not finite.
+    /// Chooses tokens where the logits are. For each row in use of `logits` there is a choice; the
+    /// result is the token that [`Choice::sample`] gives, as far as sums in another order allow;
+    /// `None` where there is no choice, and where the host is to choose, or to say why no token can
+    /// be chosen.
     ///
-    /// Provided: reads the logits. Override it to choose on the device.
-    fn greedy(&self, logits: &Self::Tensor) -> Result<Vec<Option<Sampled>>> {
-        let vocab_size = self.shape(logits)[1];
-        let values = self.read(compose::all(self, logits))?;
-        Ok(values.chunks_exact(vocab_size.max(1)).map(sampler::greedy).collect())
+    /// Provided: leaves all to the host. Override it where reading the logits takes time.
+    fn choose(
+        &self,
+        logits: &Self::Tensor,
+        choices: &[Option<Choice<'_>>],
+    ) -> Result<Vec<Option<Sampled>>> {
+        let _ = logits;
+        Ok(vec![None; choices.len()])
     }
     /// Rows in use, and columns.
     fn shape(&self, tensor: &Self::Tensor) -> [usize; 2];

@@ -90,8 +90,9 @@ macro_rules! delegate_backend {
                 config: &$crate::Config,
                 need: $crate::backend::Need<'_>,
             ) -> $crate::Result<()>;
-            fn greedy(
+            fn choose(
                 logits: &Self::Tensor,
+                choices: &[Option<$crate::Choice<'_>>],
             ) -> $crate::Result<Vec<Option<$crate::Sampled>>>;
             fn is_chunk_invariant() -> bool;
             fn for_each(tasks: usize, f: &(dyn Fn(usize) + Sync)) -> ();

@@ -167,7 +167,7 @@ pub struct Generator<'a> {
     stage: Stage,
     finish_reason: Option<FinishReason>,
     prompt_ids: Vec<u32>,
-    /// Tokens of the session that the writer knows.
+    /// Tokens that the writer knows.
     told: usize,
     usage: Usage,
 }
@@ -288,17 +288,24 @@ impl<'a> Generator<'a> {
         if self.session.last_logits().is_empty() {
             return Err(Error::EmptyPrompt);
         }
-        self.prompt_ids.extend_from_slice(self.session.tokens());
-        self.begin()
+        // Another's choice, if there is one.
+        self.session.take_chosen();
+        let tokens = self.session.tokens().to_vec();
+        self.tell(&tokens)?;
+        self.prompt_ids = tokens;
+        self.begin();
+        Ok(())
     }
 
     fn append(&mut self, ids: &[u32]) -> Result<()> {
+        // Before the step, at the end of which the first token may be chosen.
+        self.tell(&[self.session.tokens(), ids].concat())?;
         let cancel = &self.cancel;
         let done = match self.prompt_logprobs {
-            None if self.writer.is_greedy() => {
-                self.session.append_greedy_while(ids, || !cancel.is_cancelled())?
+            None => {
+                let choice = self.writer.choice();
+                self.session.append_choosing(ids, choice, || !cancel.is_cancelled())?
             }
-            None => self.session.append_while(ids, || !cancel.is_cancelled())?,
             Some(top) => self.append_scored(ids, top)?,
         };
         self.prompt_ids.extend_from_slice(&ids[..done]);
@@ -307,19 +314,23 @@ impl<'a> Generator<'a> {
             self.end(FinishReason::Cancelled, None);
             return Ok(());
         }
-        self.begin()
+        self.begin();
+        Ok(())
+    }
+
+    /// Tells the writer all tokens so far.
+    fn tell(&mut self, tokens: &[u32]) -> Result<()> {
+        self.writer.prompt(tokens, tokens.len() - self.told)?;
+        self.told = tokens.len();
+        Ok(())
     }
 
     /// The prompt is in the session, and its logits too.
-    fn begin(&mut self) -> Result<()> {
-        let tokens = self.session.tokens();
-        self.writer.prompt(tokens, tokens.len() - self.told)?;
-        self.told = tokens.len();
+    fn begin(&mut self) {
         self.stage = Stage::Prompted;
         if self.writer.is_done() {
             self.end(FinishReason::Length, None);
         }
-        Ok(())
     }
 
     fn append_scored(&mut self, ids: &[u32], top: usize) -> Result<usize> {
@@ -383,15 +394,13 @@ impl<'a> Generator<'a> {
         }
         match self.stage {
             Stage::Prompted => {}
-            Stage::Going(id) if self.writer.is_greedy() => {
-                self.session.append_greedy(&[id])?;
+            Stage::Going(id) => {
+                self.session.append_choosing(&[id], self.writer.choice(), || true)?;
             }
-            Stage::Going(id) => drop(self.session.append(&[id])?),
             Stage::New | Stage::Done(_) => return Ok(None),
         }
         let is_full = self.session.position() >= self.session.context();
-        let chosen = self.session.chosen().filter(|_| self.writer.is_greedy());
-        let (piece, reason) = match chosen {
+        let (piece, reason) = match self.session.take_chosen() {
             Some(chosen) => self.writer.write_chosen(chosen, is_full)?,
             None => self.writer.write(self.session.last_logits(), is_full)?,
         };

@@ -152,7 +152,7 @@ pub use model::{LanguageModel, Model, ModelRunner, Runner};
 pub use precision::Precision;
 pub use progress::{Progress, Stage};
 pub use quant::{Layout, Packing, Quantized, WeightFormat};
-pub use sampler::{Sampled, Sampler, Sampling, log_prob};
+pub use sampler::{Choice, Sampled, Sampler, Sampling, log_prob};
 pub use session::{Rewound, Session, SessionOptions};
 pub use state::Snapshot;
 pub use tensor::{Dtype, HostTensor, Param, Role};

@@ -13,7 +13,7 @@ use crate::error::{Error, Result, at_least_one};
 use crate::fingerprint::{Fingerprint, Hasher};
 use crate::progress::{Progress, Stage};
 use crate::quant::WeightFormat;
-use crate::sampler::{self, Sampled};
+use crate::sampler::{Choice, Sampled};
 use crate::schedule::{MixerKind, Schedule};
 use crate::session::{Session, SessionOptions};
 use crate::spans;
@@ -220,14 +220,14 @@ pub trait Runner: Send {
     /// What the backend reports.
     fn logits(&self) -> Result<Vec<f32>>;
 
-    /// For every output of the last step's batch the most probable token, chosen where the logits
-    /// are; `None` where a logit is not finite ([`Backend::greedy`]).
+    /// Chooses tokens where the logits are: for every output of the last step's batch there is a
+    /// choice, and in its place the token, or `None` where the host is to choose
+    /// ([`Backend::choose`]).
     ///
     /// # Errors
     /// What the backend reports.
-    fn greedy(&self) -> Result<Vec<Option<Sampled>>> {
-        let logits = self.logits()?;
-        Ok(logits.chunks_exact(self.config().vocab_size).map(sampler::greedy).collect())
+    fn choose(&self, choices: &[Option<Choice<'_>>]) -> Result<Vec<Option<Sampled>>> {
+        Ok(vec![None; choices.len()])
     }
 
     /// Makes a slot ready for a new sequence.
@@ -472,8 +472,8 @@ impl<B: Backend + Send + Sync + 'static> Runner for ModelRunner<B> {
         backend.read(compose::all(backend, &self.scratch.logits))
     }
 
-    fn greedy(&self) -> Result<Vec<Option<Sampled>>> {
-        self.model.backend().greedy(&self.scratch.logits)
+    fn choose(&self, choices: &[Option<Choice<'_>>]) -> Result<Vec<Option<Sampled>>> {
+        self.model.backend().choose(&self.scratch.logits, choices)
     }
 
     fn reset(&mut self, slot: usize) -> Result<()> {

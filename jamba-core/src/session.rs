@@ -8,7 +8,7 @@ use crate::batch::{Batch, Outputs};
 use crate::config::Config;
 use crate::error::{Error, Result, at_least_one};
 use crate::model::Runner;
-use crate::sampler::Sampled;
+use crate::sampler::{Choice, Sampled, Sampler};
 use crate::state::{Checkpoint, Lineage};
 use crate::trace::{Detail, Listener};
 
@@ -73,7 +73,7 @@ pub struct Session {
     steps: Vec<usize>,
     /// Logits of the last step, row-major; not there where they are still with the backend.
     logits: OnceCell<Vec<f32>>,
-    /// The most probable token after the last, where the backend chose it.
+    /// The token after the last, where the backend chose it.
     chosen: Option<Sampled>,
     /// Whether the state is that of `tokens`.
     sound: bool,
@@ -152,15 +152,22 @@ impl Session {
         Ok(self.logits())
     }
 
-    /// As [`append`](Self::append), but returns the most probable next token
-    /// ([`greedy`](crate::sampler::greedy)), which the backend chooses where the logits are: they
-    /// are read only if they are asked for afterwards ([`logits`](Self::logits)).
+    /// As [`append`](Self::append), but returns the next token, which `sampler` chooses and counts.
+    /// Where the backend can it is chosen where the logits are: they are read only if they are asked
+    /// for afterwards ([`logits`](Self::logits)). What the sampler knows of `tokens` was told
+    /// before ([`Sampler::observe_prompt`]).
     ///
     /// # Errors
-    /// As `append`.
-    pub fn append_greedy(&mut self, tokens: &[u32]) -> Result<Sampled> {
-        self.append_greedy_while(tokens, || true)?;
-        self.chosen.ok_or(Error::NonFinite { position: self.position() })
+    /// As `append`, and those of [`Sampler::sample`], after which the tokens are appended.
+    pub fn append_sampled(&mut self, tokens: &[u32], sampler: &mut Sampler) -> Result<Sampled> {
+        self.append_choosing(tokens, Some(sampler.choice()), || true)?;
+        match self.chosen {
+            Some(chosen) => {
+                sampler.observe(chosen.id);
+                Ok(chosen)
+            }
+            None => sampler.sample(self.last_logits()),
+        }
     }
 
     /// As [`append`](Self::append), but asks `keep_going` before every chunk, and stops where it
@@ -173,25 +180,16 @@ impl Session {
         tokens: &[u32],
         keep_going: impl FnMut() -> bool,
     ) -> Result<usize> {
-        self.append_chunks(tokens, keep_going, Self::take_logits)
+        self.append_choosing(tokens, None, keep_going)
     }
 
-    /// [`append_while`](Self::append_while), after which the most probable token is
-    /// [`chosen`](Self::chosen).
-    pub(crate) fn append_greedy_while(
+    /// [`append_while`](Self::append_while), after which the next token may be
+    /// [chosen](Self::take_chosen), if there is a choice; else its logits are read.
+    pub(crate) fn append_choosing(
         &mut self,
         tokens: &[u32],
-        keep_going: impl FnMut() -> bool,
-    ) -> Result<usize> {
-        self.append_chunks(tokens, keep_going, Self::take_greedy)
-    }
-
-    /// `take` takes what there is after the last chunk.
-    fn append_chunks(
-        &mut self,
-        tokens: &[u32],
+        choice: Option<Choice<'_>>,
         mut keep_going: impl FnMut() -> bool,
-        take: fn(&mut Self, usize) -> Result<()>,
     ) -> Result<usize> {
         self.check(tokens)?;
         let mut done = 0;
@@ -201,8 +199,7 @@ impl Session {
             let is_last = done == tokens.len();
             let wanted = is_last || self.is_grid_point(self.position() + part.len());
             let outputs = if wanted { Outputs::Last } else { Outputs::None };
-            let take = if is_last { take } else { Self::take_logits };
-            self.run(part, outputs, None, take)?;
+            self.run(part, outputs, None, choice.filter(|_| is_last))?;
         }
         Ok(done)
     }
@@ -223,7 +220,7 @@ impl Session {
 
     /// Logits that the last step returned, rows of `vocab_size`; none after a chunk of a prompt
     /// that was not its last. Those of a step whose next token the backend chose
-    /// ([`append_greedy`](Self::append_greedy)) are read now; none if that fails, which then every
+    /// ([`append_sampled`](Self::append_sampled)) are read now; none if that fails, which then every
     /// other call reports.
     pub fn logits(&self) -> &[f32] {
         self.logits.get_or_init(|| self.runner.logits().unwrap_or_default())
@@ -236,9 +233,9 @@ impl Session {
         &logits[logits.len().saturating_sub(self.config().vocab_size)..]
     }
 
-    /// The most probable token after the last, if the backend chose it.
-    pub(crate) fn chosen(&self) -> Option<Sampled> {
-        self.chosen
+    /// The token after the last, if the backend chose it; told once.
+    pub(crate) fn take_chosen(&mut self) -> Option<Sampled> {
+        self.chosen.take()
     }
 
     /// Reads the logits that are still with the backend.
@@ -327,16 +324,16 @@ impl Session {
         outputs: Outputs,
         trace: Option<(Detail, &mut Listener<'_>)>,
     ) -> Result<()> {
-        self.run(tokens, outputs, trace, Self::take_logits)
+        self.run(tokens, outputs, trace, None)
     }
 
-    /// Runs one step; `take` takes what it computed, given the position after it.
+    /// Runs one step; makes a choice of the token after it, or reads its logits.
     fn run(
         &mut self,
         tokens: &[u32],
         outputs: Outputs,
         trace: Option<(Detail, &mut Listener<'_>)>,
-        take: fn(&mut Self, usize) -> Result<()>,
+        choice: Option<Choice<'_>>,
     ) -> Result<()> {
         let position = self.position() + tokens.len();
         self.batch.clear();
@@ -348,7 +345,10 @@ impl Session {
             None => self.runner.step(&self.batch)?,
             Some((detail, listener)) => self.runner.step_traced(&self.batch, detail, listener)?,
         }
-        take(self, position)?;
+        match choice {
+            Some(choice) => self.choose(position, choice)?,
+            None => self.take_logits(position)?,
+        }
         self.tokens.extend_from_slice(tokens);
         self.steps.push(position);
         self.sound = true;
@@ -367,9 +367,11 @@ impl Session {
         Ok(())
     }
 
-    fn take_greedy(&mut self, position: usize) -> Result<()> {
-        let last = self.runner.greedy()?.pop().flatten();
-        self.chosen = Some(last.ok_or(Error::NonFinite { position })?);
+    fn choose(&mut self, position: usize, choice: Choice<'_>) -> Result<()> {
+        let Some(chosen) = self.runner.choose(&[Some(choice)])?.pop().flatten() else {
+            return self.take_logits(position);
+        };
+        self.chosen = Some(chosen);
         self.logits = OnceCell::new();
         Ok(())
     }

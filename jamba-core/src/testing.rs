@@ -10,7 +10,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Hasher};
 use crate::model::Runner;
-use crate::sampler::{self, Sampled};
+use crate::sampler::{Choice, Sampled};
 use crate::session::Session;
 use crate::trace::{Detail, Listener};
 
@@ -146,8 +146,9 @@ impl Runner for Script {
         Ok(self.logits.clone())
     }
 
-    fn greedy(&self) -> Result<Vec<Option<Sampled>>> {
-        Ok(self.logits.chunks_exact(self.config.vocab_size).map(sampler::greedy).collect())
+    fn choose(&self, choices: &[Option<Choice<'_>>]) -> Result<Vec<Option<Sampled>>> {
+        let rows = self.logits.chunks_exact(self.config.vocab_size).zip(choices);
+        Ok(rows.map(|(row, choice)| choice.and_then(|c| c.sample(row).ok())).collect())
     }
 
     fn reset(&mut self, _: usize) -> Result<()> {

@@ -10,7 +10,7 @@ use jamba_core::backend::{
 use jamba_core::schedule::Schedule;
 use jamba_core::shape::{self, Shaped};
 use jamba_core::weights::{Mamba, Mlp, Moe, Weights};
-use jamba_core::{Batch, Config, Param, Result, Sampled, WeightFormat};
+use jamba_core::{Batch, Choice, Config, Param, Result, Sampled, WeightFormat};
 
 use crate::blocks;
 use crate::cache::Cache;
@@ -24,12 +24,12 @@ use crate::ops::cublas;
 use crate::ops::draw::Drawing;
 use crate::ops::elementwise::Elementwise;
 use crate::ops::embed::Embed;
-use crate::ops::greedy::Greedy;
 use crate::ops::grouped::Grouped;
 use crate::ops::linear::Linear;
 use crate::ops::moe::{Experts, Tokens};
 use crate::ops::norm::Norm;
 use crate::ops::rows::Rows;
+use crate::ops::sample::Sample;
 use crate::ops::scan::{self, Scan};
 use crate::ops::scan_step::ScanStep;
 use crate::ops::workspace::{Workspace, Workspaces};
@@ -54,8 +54,8 @@ pub struct CudaBackend {
     pub(crate) experts: Experts,
     embed: Embed,
     rows: Rows,
-    greedy: Greedy,
     drawing: Drawing,
+    sample: Sample,
     /// Kernels for sizes met so far, `[d_conv, d_state, dt_rank, head_dim]`, 0 where there is no
     /// such layer.
     sized: Mutex<Vec<([usize; 4], Kernels)>>,
@@ -92,8 +92,8 @@ impl CudaBackend {
             grouped: Grouped::load(&loader)?,
             experts: Experts::load(&loader)?,
             rows: Rows::load(&loader)?,
-            greedy: Greedy::load(&loader)?,
             drawing: Drawing::load(&loader)?,
+            sample: Sample::load(&loader)?,
             sized: Mutex::default(),
             workspaces: Mutex::default(),
             device,
@@ -195,8 +195,10 @@ impl CudaBackend {
 
     /// Allocates the workspaces for steps within limits, so that no step has to.
     fn reserve(&self, config: &Config, limits: &Limits) -> Result<(), Error> {
-        let [cast, parts, routes, act, expert_out, chosen, dense, _] =
+        let [cast, parts, routes, act, expert_out, _, dense, _] =
             plan::workspaces(config, limits, self.precision(), self.loader.format);
+        let rows = limits.slots.min(limits.outputs);
+        self.sample.reserve(&self.device, rows, config.vocab_size)?;
         let w = &mut *self.workspaces();
         let all = [
             (&mut w.cast, cast),
@@ -204,7 +206,6 @@ impl CudaBackend {
             (&mut w.routes, routes),
             (&mut w.act, act),
             (&mut w.expert_out, expert_out),
-            (&mut w.chosen, chosen),
             (&mut w.dense, dense),
         ];
         all.into_iter().try_for_each(|(w, bytes)| w.reserve(&self.device, bytes).map(drop))
@@ -231,7 +232,8 @@ impl Backend for CudaBackend {
     }
 
     fn check_memory(&self, config: &Config, need: Need<'_>) -> Result<()> {
-        let reserved = self.workspaces().bytes() as u64 + cublas::WORKSPACE_BYTES as u64;
+        let reserved = self.workspaces().bytes() + self.sample.bytes() + cublas::WORKSPACE_BYTES;
+        let reserved = reserved as u64;
         match need {
             Need::Weights => {
                 // The least that any runner takes, so that loading is not in vain.
@@ -273,8 +275,12 @@ impl Backend for CudaBackend {
         Ok(rows.flat_map(|row| row.get(src.cols.clone()).unwrap_or(&[])).copied().collect())
     }
 
-    fn greedy(&self, logits: &Tensor) -> Result<Vec<Option<Sampled>>> {
-        Ok(self.greedy.run(&self.device, logits, &mut self.workspaces().chosen)?)
+    fn choose(
+        &self,
+        logits: &Tensor,
+        choices: &[Option<Choice<'_>>],
+    ) -> Result<Vec<Option<Sampled>>> {
+        Ok(self.sample.run(&self.device, logits, choices)?)
     }
 
     fn shape(&self, tensor: &Tensor) -> [usize; 2] {

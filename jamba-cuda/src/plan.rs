@@ -9,7 +9,7 @@ use jamba_core::{Config, Limits, Role, WeightFormat, memory};
 use crate::error::{Error, Result};
 use crate::ops::few::{Entries, FEW_ROWS};
 use crate::ops::linear::DENSE_BYTES;
-use crate::ops::{attention_step, cublas, greedy, moe};
+use crate::ops::{attention_step, cublas, moe, sample};
 use crate::options::Precision;
 use crate::state;
 use crate::weight;
@@ -125,7 +125,7 @@ fn scratch(config: &Config, limits: &Limits) -> u64 {
 }
 
 /// Bytes of the workspaces for steps within limits: operand of a product, parts of attention,
-/// routes, activations and results of the experts, chosen tokens, dequantised weights, workspace of
+/// routes, activations and results of the experts, choice of tokens, dequantised weights, workspace of
 /// cuBLASLt.
 pub(crate) fn workspaces(
     config: &Config,
@@ -154,7 +154,8 @@ pub(crate) fn workspaces(
     let cast = cast.max(sorted);
     // Those of an MLP of few rows, in f32 or in bf16.
     let few = 4 * tokens.min(FEW_ROWS) * inter.next_multiple_of(8);
-    let chosen = greedy::workspace_bytes(limits.outputs, config.vocab_size);
+    // A token for each sequence, however many rows of logits a step has.
+    let chosen = sample::workspace_bytes(limits.slots.min(limits.outputs), config.vocab_size);
     let dense = dense(config, limits, precision, format);
     [cast, parts, routes, act.max(few), expert_out, chosen, dense, cublas::WORKSPACE_BYTES]
 }

@@ -8,7 +8,7 @@ use super::stream::{Event, RequestUsage};
 use crate::error::{Error, Result};
 use crate::generate::{CancelToken, FinishReason, Writer};
 use crate::logprobs::{Scored, scored};
-use crate::sampler::Sampled;
+use crate::sampler::{Choice, Sampled};
 use crate::spans::RequestSpan;
 
 /// Tokens that are not worth a state of their own.
@@ -52,7 +52,7 @@ struct Scores {
 #[derive(Clone, Copy)]
 pub(super) enum Told<'a> {
     Logits(&'a [f32]),
-    /// The most probable one, which the backend chose, and which row of the step's logits is its.
+    /// It, which the backend chose, and which row of the step's logits is its.
     Chosen(Sampled, usize),
 }
 
@@ -171,24 +171,25 @@ impl Sequence {
     }
 
     /// The whole prompt is in the slot.
-    pub(super) fn end_prompt(&mut self) -> Result<Next> {
-        self.writer.prompt(&self.prompt, self.prompt.len())?;
+    pub(super) fn end_prompt(&mut self) -> Next {
         self.usage.prompt_time = self.since.elapsed();
         self.since = Instant::now();
         if let Some(scores) = self.scores.take() {
             self.events.send(Event::PromptScores(scores.done));
         }
         if self.writer.is_done() {
-            return Ok(Next::Finished(FinishReason::Length));
+            return Next::Finished(FinishReason::Length);
         }
-        Ok(Next::GoOn)
+        Next::GoOn
     }
 
-    /// Whether nothing but the most probable token is wanted of the logits at `end`.
-    pub(super) fn is_greedy_at(&self, end: usize) -> bool {
-        !self.is_scored()
-            && self.writer.is_greedy()
-            && (self.pending.is_some() || !self.keep_at.contains(&end))
+    /// How the backend may choose the token after `end`, where nothing else is wanted of the
+    /// logits there.
+    pub(super) fn choice_at(&self, end: usize) -> Option<Choice<'_>> {
+        let is_read = self.pending.is_some() || end == self.prompt.len();
+        let is_kept = self.pending.is_none() && self.keep_at.contains(&end);
+        let choice = (is_read && !is_kept && !self.is_scored()).then(|| self.writer.choice());
+        choice.flatten()
     }
 
     /// Takes the next token. `is_full` says that the slot has no room for it.

@@ -43,13 +43,6 @@ struct Part {
     rows: usize,
 }
 
-/// What a step computed of its outputs.
-enum Rows {
-    Logits(Vec<f32>),
-    /// The most probable token of each.
-    Chosen(Vec<Option<Sampled>>),
-}
-
 /// Ends all streams if the thread ends, also if it panics.
 struct Abandon(Arc<Shared>);
 
@@ -154,6 +147,10 @@ impl Worker {
     fn start(&mut self, job: Job) {
         let writer =
             Writer::new(self.tokenizer.as_ref(), self.runner.config(), job.options.clone());
+        let writer = writer.and_then(|mut writer| {
+            writer.prompt(&job.prompt, job.prompt.len())?;
+            Ok(writer)
+        });
         let mut sequence = match writer {
             Ok(writer) => Sequence::new(job, writer),
             Err(error) => {
@@ -208,47 +205,23 @@ impl Worker {
         }
         self.stats.steps += 1;
         let parts = std::mem::take(&mut self.parts);
-        let is_greedy = |part: &Part| {
-            let sequence = self.slots[part.slot].sequence.as_ref();
-            part.rows == 0 || sequence.is_some_and(|s| s.is_greedy_at(part.end))
-        };
-        let is_greedy = parts.iter().all(is_greedy);
         let stepped = self.runner.step(&self.batch);
-        let told = stepped.and_then(|()| match is_greedy {
-            true => self.runner.greedy().map(Rows::Chosen),
-            false => self.runner.logits().map(Rows::Logits),
-        });
-        match told {
-            Ok(Rows::Logits(logits)) => {
+        match stepped.and_then(|()| self.tell(&parts)) {
+            Ok((chosen, logits)) => {
                 let vocab_size = self.runner.config().vocab_size;
-                let mut rest = &logits[..];
+                let (mut rest, mut row) = (&logits[..], 0);
                 let mut turns = Vec::new();
-                for part in &parts {
+                for (part, chosen) in parts.iter().zip(chosen) {
                     let (rows, others) = rest.split_at((part.rows * vocab_size).min(rest.len()));
                     rest = others;
                     let last = &rows[rows.len().saturating_sub(vocab_size)..];
-                    turns.push((part.slot, self.take(part, rows), Told::Logits(last)));
-                }
-                self.go_on(turns);
-            }
-            Ok(Rows::Chosen(chosen)) => {
-                let mut turns = Vec::new();
-                let mut rows = 0;
-                for part in &parts {
-                    rows += part.rows;
-                    let last = part.rows.checked_sub(1).and_then(|_| chosen.get(rows - 1));
-                    let (taken, told) = match last {
-                        // A part without a row is one that nothing is told of.
-                        None => (self.take(part, &[]), Told::NOTHING),
-                        Some(Some(chosen)) => {
-                            (self.take(part, &[]), Told::Chosen(*chosen, rows - 1))
-                        }
-                        Some(None) => {
-                            let error = Error::NonFinite { position: part.end };
-                            (Err(error), Told::NOTHING)
-                        }
+                    row += part.rows;
+                    let told = match chosen {
+                        Some(chosen) => Told::Chosen(chosen, row - 1),
+                        None => Told::Logits(last),
                     };
-                    turns.push((part.slot, taken, told));
+                    let rows = if chosen.is_some() { &[] } else { rows };
+                    turns.push((part.slot, self.take(part, rows), told));
                 }
                 self.go_on(turns);
             }
@@ -262,6 +235,23 @@ impl Worker {
         }
         self.parts = parts;
         self.tell_ended();
+    }
+
+    /// What the step computed: for each part the next token, where the backend chose it, and the
+    /// logits of all outputs, where any part needs its own.
+    fn tell(&self, parts: &[Part]) -> Result<(Vec<Option<Sampled>>, Vec<f32>)> {
+        let mut choices = Vec::new();
+        for part in parts.iter().filter(|part| part.rows > 0) {
+            let sequence = self.slots[part.slot].sequence.as_ref();
+            choices.resize(choices.len() + part.rows - 1, None);
+            choices.push(sequence.and_then(|sequence| sequence.choice_at(part.end)));
+        }
+        let mut rows = self.runner.choose(&choices)?.into_iter();
+        let last = |part: &Part| rows.by_ref().take(part.rows).last().flatten();
+        let chosen: Vec<_> = parts.iter().map(last).collect();
+        let is_needed = |(part, chosen): (&Part, &Option<_>)| part.rows > 0 && chosen.is_none();
+        let is_needed = parts.iter().zip(&chosen).any(is_needed);
+        Ok((chosen, if is_needed { self.runner.logits()? } else { Vec::new() }))
     }
 
     /// Makes the batch: a token of every generation, then parts of the prompts, in equal shares of
@@ -366,7 +356,7 @@ impl Worker {
     /// The prompt of a sequence is in its slot. True if a token is to be chosen.
     fn begin(&mut self, slot: usize) -> Result<bool> {
         let Some(sequence) = &mut self.slots[slot].sequence else { return Ok(false) };
-        match sequence.end_prompt()? {
+        match sequence.end_prompt() {
             Next::Finished(reason) => {
                 self.end(slot, Ok(Next::Finished(reason)), Told::NOTHING);
                 Ok(false)

@@ -5,7 +5,7 @@ use super::{FinishReason, GenerateOptions, Hold, Piece};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::logprobs::{TokenLogProb, top_log_probs};
-use crate::sampler::{Sampled, Sampler};
+use crate::sampler::{Choice, Sampled, Sampler};
 use crate::tokenizer::{Decoder, Tokenizer};
 
 /// What a generation is apart from the model that it runs: sampling, text, and when to end.
@@ -67,10 +67,10 @@ impl Writer {
         self.rest == 0
     }
 
-    /// Whether the next token is the most probable one and nothing else is asked of the logits, so
-    /// that the backend may choose it.
-    pub(crate) fn is_greedy(&self) -> bool {
-        self.sampler.sampling().is_plain_greedy() && self.logprobs == 0 && !self.hold.is_there()
+    /// How the backend may choose the next token, where nothing else is asked of the logits. (What
+    /// a grammar allows is masked on the host.)
+    pub(crate) fn choice(&self) -> Option<Choice<'_>> {
+        (self.logprobs == 0 && !self.hold.is_there()).then(|| self.sampler.choice())
     }
 
     /// Chooses the next token, and says whether it is the last and why. `is_full` says that the
@@ -87,8 +87,7 @@ impl Writer {
         self.push(sampled, top_log_probs(logits, self.logprobs), is_full)
     }
 
-    /// [`write`](Self::write) with the token that the backend chose, where
-    /// [`is_greedy`](Self::is_greedy).
+    /// [`write`](Self::write) with the token that the backend chose by [`choice`](Self::choice).
     pub(crate) fn write_chosen(
         &mut self,
         chosen: Sampled,

@@ -2,6 +2,7 @@ use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 use rand_chacha::rand_core::RngCore;
 
+use super::choice::exp;
 use super::*;
 
 const OFF: f32 = f32::NEG_INFINITY;
@@ -11,6 +12,13 @@ const LOGITS: [f32; 8] = [2.0, -1.0, 0.5, 3.0, 0.0, 1.5, -2.0, 2.5];
 
 fn sampler(sampling: Sampling) -> Sampler {
     Sampler::new(sampling, LOGITS.len()).unwrap()
+}
+
+/// Bias and penalties, as for the next token.
+fn score(sampler: &mut Sampler) {
+    let mut work = std::mem::take(&mut sampler.work);
+    work.score(&sampler.choice(), &LOGITS);
+    sampler.work = work;
 }
 
 /// Shares of 20,000 draws, each by a sampler of its own seed that saw `prompt`.
@@ -114,13 +122,13 @@ fn a_draw_is_the_inverse_of_the_cumulative_distribution() {
 fn penalties() {
     let mut s = sampler(Sampling { repetition_penalty: 1.3, ..Sampling::greedy() });
     s.observe_prompt(&[1, 3, 3, 6, 4_000_000]);
-    s.score(&LOGITS);
-    assert_eq!(s.scores, [2.0, -1.3, 0.5, 3.0 / 1.3, 0.0, 1.5, -2.6, 2.5]);
+    score(&mut s);
+    assert_eq!(s.work.scores, [2.0, -1.3, 0.5, 3.0 / 1.3, 0.0, 1.5, -2.6, 2.5]);
     // 2.5 is the largest now, and from then on penalised too.
     let ids: Vec<u32> = (0..4).map(|_| s.sample(&LOGITS).unwrap().id).collect();
     assert_eq!(ids, [7, 3, 3, 3]);
-    s.score(&LOGITS);
-    assert_eq!(s.scores, [2.0, -1.3, 0.5, 3.0 / 1.3, 0.0, 1.5, -2.6, 2.5 / 1.3]);
+    score(&mut s);
+    assert_eq!(s.work.scores, [2.0, -1.3, 0.5, 3.0 / 1.3, 0.0, 1.5, -2.6, 2.5 / 1.3]);
 
     // Presence once, frequency each time, and the prompt does not count.
     let mut s =
@@ -129,8 +137,8 @@ fn penalties() {
     let ids: Vec<u32> = (0..4).map(|_| s.sample(&LOGITS).unwrap().id).collect();
     // 3.0; 2.25 < 2.5; 2.25 > 1.75; then 1.75, 1.75 < 2.0.
     assert_eq!(ids, [3, 7, 3, 0]);
-    s.score(&LOGITS);
-    assert_eq!(s.scores, [1.25, -1.0, 0.5, 1.75, 0.0, 1.5, -2.0, 1.75]);
+    score(&mut s);
+    assert_eq!(s.work.scores, [1.25, -1.0, 0.5, 1.75, 0.0, 1.5, -2.0, 1.75]);
 
     // The bias comes first: the repetition penalty sees the biased logit.
     let mut s = sampler(Sampling {
@@ -139,8 +147,8 @@ fn penalties() {
         ..Sampling::greedy()
     });
     s.observe_prompt(&[0, 3]);
-    s.score(&LOGITS);
-    assert_eq!(s.scores, [2.0, -1.0, 0.5, -2.0, 0.0, 1.5, -2.0, 2.5]);
+    score(&mut s);
+    assert_eq!(s.work.scores, [2.0, -1.0, 0.5, -2.0, 0.0, 1.5, -2.0, 2.5]);
 }
 
 #[test]
@@ -307,7 +315,7 @@ proptest! {
     ) {
         let mut s = Sampler::new(Sampling { top_p, ..Sampling::default() }, logits.len()).unwrap();
         s.sample(&logits).unwrap();
-        let kept: Vec<u32> = s.candidates.iter().map(|c| c.id).collect();
+        let kept: Vec<u32> = s.work.candidates.iter().map(|c| c.id).collect();
         let expected = nucleus(&logits, f64::from(top_p));
         // One more or fewer where the sum meets top_p within rounding.
         let common = kept.len().min(expected.len()).max(1);
@@ -319,7 +327,7 @@ proptest! {
     fn top_k_is_the_first_of_all_ranked(logits in many_logits(), top_k in 1usize..60) {
         let mut s = Sampler::new(Sampling { top_k, ..Sampling::default() }, logits.len()).unwrap();
         s.sample(&logits).unwrap();
-        let kept: Vec<u32> = s.candidates.iter().map(|c| c.id).collect();
+        let kept: Vec<u32> = s.work.candidates.iter().map(|c| c.id).collect();
         let mut expected: Vec<u32> = (0..logits.len() as u32).collect();
         expected.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]));
         expected.truncate(top_k);
@@ -354,7 +362,7 @@ proptest! {
                 Ok(sampled) => {
                     prop_assert!(logits[sampled.id as usize] > OFF);
                     prop_assert!(sampled.logprob <= 0.0);
-                    prop_assert!(s.scores.iter().all(|v| *v < f32::INFINITY));
+                    prop_assert!(s.work.scores.iter().all(|v| *v < f32::INFINITY));
                     prop_assert_eq!(again.sample(&logits).unwrap(), sampled);
                 }
                 Err(Error::NonFinite { .. }) => prop_assert!(logits.iter().all(|v| *v == OFF)),
@@ -368,30 +376,30 @@ proptest! {
 }
 
 #[test]
-fn the_plain_greedy_choice_is_the_samplers() {
-    for at in 0..LOGITS.len() {
-        let mut logits = LOGITS;
-        logits.rotate_left(at);
-        let expected = sampler(Sampling::greedy()).sample(&logits).unwrap();
-        assert_eq!(greedy(&logits), Some(expected));
-    }
-    assert_eq!(greedy(&[1.0, 2.0, 0.0, 2.0]).unwrap().id, 1, "of equal ones the lowest");
-    for unusable in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-        assert_eq!(greedy(&[1.0, unusable, 0.0]), None);
-    }
-    assert_eq!(greedy(&[]), None);
-}
-
-#[test]
-fn what_changes_scores_is_not_plain() {
-    let greedy = Sampling::greedy();
-    assert!(greedy.is_plain_greedy());
-    let others = [
-        Sampling { temperature: 0.5, ..greedy.clone() },
-        Sampling { logit_bias: vec![(1, 0.5)], ..greedy.clone() },
-        Sampling { repetition_penalty: 1.1, ..greedy.clone() },
-        Sampling { presence_penalty: 0.1, ..greedy.clone() },
-        Sampling { frequency_penalty: 0.1, ..greedy.clone() },
+fn a_choice_that_is_made_elsewhere_is_the_same() {
+    let bias = vec![(5, 0.5), (2, 1.0), (5, 0.25)];
+    let penalised =
+        Sampling { repetition_penalty: 1.2, frequency_penalty: 0.3, ..Sampling::default() };
+    let all = [
+        Sampling::greedy(),
+        Sampling { top_k: 4, top_p: 0.9, logit_bias: bias, ..Sampling::default() },
+        Sampling { min_p: 0.1, seed: 7, ..penalised },
     ];
-    assert!(others.iter().all(|sampling| !sampling.is_plain_greedy()));
+    for sampling in all {
+        let (mut here, mut elsewhere) = (sampler(sampling.clone()), sampler(sampling));
+        here.observe_prompt(&[1, 2]);
+        elsewhere.observe_prompt(&[1, 2]);
+        for _ in 0..50 {
+            let expected = here.sample(&LOGITS).unwrap();
+            // A choice that is not told has no effect, nor one that fails.
+            assert!(elsewhere.sample(&[f32::NAN; 8]).is_err());
+            elsewhere.choice().sample(&LOGITS).unwrap();
+            let chosen = elsewhere.choice().sample(&LOGITS).unwrap();
+            elsewhere.observe(chosen.id);
+            assert_eq!(chosen, expected);
+        }
+    }
+    let greedy = sampler(Sampling::greedy());
+    let choice = greedy.choice();
+    assert_eq!((choice.known.len(), choice.bias.len(), choice.uniform), (0, 0, 0.0));
 }

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 
 use super::*;
+use crate::Sampling;
 use crate::testing::{Heard, Script};
 
 #[path = "../../tests/state/play.rs"]
@@ -75,36 +76,40 @@ fn a_failed_step_can_be_rewound() {
 }
 
 #[test]
-fn logits_of_greedy_steps_are_read_when_they_are_asked_for() {
+fn logits_of_chosen_steps_are_read_when_they_are_asked_for() {
     let script = Script { say: Some(Arc::new(|_| Some(5))), ..script(true) };
     let reads = script.reads.clone();
     let reads = || reads.load(Ordering::Relaxed);
     let (mut s, heard) = script.session();
+    let sampling = Sampling { top_k: 1, ..Sampling::default() };
+    let mut sampler = Sampler::new(sampling, s.config().vocab_size).unwrap();
     for _ in 0..3 {
-        assert_eq!(s.append_greedy(&[1; 3]).unwrap().id, 5);
+        assert_eq!(s.append_sampled(&[1; 3], &mut sampler).unwrap().id, 5);
     }
     assert_eq!((reads(), take(&heard).len()), (0, 3));
     assert_eq!(s.last_logits().len(), s.config().vocab_size);
     assert_eq!((s.logits().len(), reads()), (s.config().vocab_size, 1));
 
-    s.append_greedy(&[1]).unwrap();
+    s.append_sampled(&[1], &mut sampler).unwrap();
     assert_eq!(s.snapshot().unwrap().logits().len(), s.config().vocab_size);
     s.append(&[1]).unwrap();
-    assert!(s.chosen().is_none(), "the logits are here");
-    s.append_greedy(&[1]).unwrap();
+    assert!(s.take_chosen().is_none(), "the logits are here");
+    s.append_sampled(&[1], &mut sampler).unwrap();
     s.reset().unwrap();
-    assert!(s.chosen().is_none() && s.logits().is_empty());
+    assert!(s.take_chosen().is_none() && s.logits().is_empty());
 }
 
 #[test]
-fn a_greedy_step_without_finite_logits_is_an_error() {
+fn a_chosen_step_without_finite_logits_is_an_error() {
     let say = |tokens| (tokens != 3).then_some(5);
     let (mut s, _) = Script { say: Some(Arc::new(say)), ..script(true) }.session();
-    s.append_greedy(&[1, 2]).unwrap();
-    assert!(matches!(s.append_greedy(&[8]), Err(Error::NonFinite { position: 3 })));
-    assert!(matches!(s.append_greedy(&[1]), Err(Error::Poisoned)));
+    let mut greedy = Sampler::new(Sampling::greedy(), s.config().vocab_size).unwrap();
+    s.append_sampled(&[1, 2], &mut greedy).unwrap();
+    let error = s.append_sampled(&[8], &mut greedy).unwrap_err();
+    assert!(matches!(error, Error::NonFinite { position: 3 }), "{error}");
+    assert!(matches!(s.append_sampled(&[1], &mut greedy), Err(Error::Poisoned)));
     s.rewind(0).unwrap();
-    assert_eq!(s.append_greedy(&[1, 1]).unwrap().id, 5);
+    assert_eq!(s.append_sampled(&[1, 1], &mut greedy).unwrap().id, 5);
 }
 
 /// Logits and states, as bits.

@@ -14,13 +14,13 @@ pub(crate) mod draw;
 pub(crate) mod elementwise;
 pub(crate) mod embed;
 pub(crate) mod few;
-pub(crate) mod greedy;
 pub(crate) mod grouped;
 pub(crate) mod linear;
 pub(crate) mod moe;
 pub(crate) mod norm;
 pub(crate) mod quant;
 pub(crate) mod rows;
+pub(crate) mod sample;
 pub(crate) mod scan;
 pub(crate) mod scan_step;
 mod tensor_map;
@@ -37,11 +37,11 @@ pub(crate) fn units(precision: Precision, format: WeightFormat) -> Vec<Unit> {
         draw::unit(),
         elementwise::unit(),
         embed::unit(),
-        greedy::unit(),
         linear::unit(),
         norm::unit(),
         quant::unit(),
         rows::unit(),
+        sample::unit(),
     ];
     units.extend(moe::units());
     units.extend(few::units(precision, format));

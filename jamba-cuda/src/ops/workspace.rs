@@ -26,6 +26,11 @@ impl Workspace {
         }
     }
 
+    /// Bytes allocated so far.
+    pub(crate) fn bytes(&self) -> usize {
+        self.0.as_ref().map_or(0, Buffer::bytes)
+    }
+
     /// Reads what kernels wrote to its beginning.
     pub(crate) fn read(&self, device: &Device, to: &mut [u8]) -> Result<()> {
         self.0.as_ref().map_or(Ok(()), |buffer| device.download(buffer, 0, to))
@@ -45,17 +50,14 @@ pub(crate) struct Workspaces {
     pub(crate) act: Workspace,
     /// Results of the experts.
     pub(crate) expert_out: Workspace,
-    /// Chosen tokens.
-    pub(crate) chosen: Workspace,
     /// Dequantised weights of a large product.
     pub(crate) dense: Workspace,
 }
 
 impl Workspaces {
     fn buffers(&self) -> impl Iterator<Item = &Buffer> {
-        let Self { cast, parts, routes, act, expert_out, chosen, dense } = self;
-        let all = [cast, parts, routes, act, expert_out, chosen, dense];
-        all.into_iter().filter_map(|w| w.0.as_ref())
+        let Self { cast, parts, routes, act, expert_out, dense } = self;
+        [cast, parts, routes, act, expert_out, dense].into_iter().filter_map(|w| w.0.as_ref())
     }
 
     /// Bytes allocated so far.

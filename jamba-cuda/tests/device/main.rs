@@ -10,11 +10,11 @@
 mod drawn;
 mod engine;
 mod faults;
-mod greedy;
 mod kernels;
 mod models;
 mod prompts;
 mod quantised;
+mod sample;
 mod step;
 mod support;
 
@@ -54,7 +54,7 @@ fn main() -> ExitCode {
         trials.extend(step::trials(precision));
         trials.extend(engine::trials(precision));
         trials.extend(drawn::trials(precision));
-        trials.extend(greedy::trials(precision));
+        trials.extend(sample::trials(precision));
     }
     trials.extend(faults::trials());
     let mut alone = faults::alone();
