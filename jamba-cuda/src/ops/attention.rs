@@ -147,7 +147,9 @@ impl Attention {
             scale: (head_dim as f32).sqrt().recip(),
         };
         let (bytes, operations) = work(batch, cache, self.precision);
-        let per_token = Grid::new("append_kv", [batch.tokens, 1, 1], 256, 0)?;
+        let kept = 2 * batch.tokens * kv_heads * head_dim;
+        let per_token = Grid::new("append_kv", [batch.tokens, 1, 1], 256, 0)?
+            .doing(kept * (4 + kv_element_bytes(self.precision)), 0);
         // SAFETY: qkv has a row for every staged token and the columns of all heads; staging saw
         // to it that every slot and position is within the cache.
         unsafe { device.launch(&self.append_kv, &per_token, &args) }?;
@@ -164,7 +166,8 @@ impl Attention {
             // heads, and the workspace the parts of all of them.
             unsafe { device.launch(&self.rows, &grid, &args) }?;
             if splits > 1 {
-                let grid = Grid::new("attention_merge", [batch.tokens, heads, 1], 128, 0)?;
+                let grid = Grid::new("attention_merge", [batch.tokens, heads, 1], 128, 0)?
+                    .doing((splits + 1) * part_bytes, 0);
                 // SAFETY: as above; the parts were written by the launch before.
                 unsafe { device.launch(&self.merge, &grid, &args) }?;
             }

@@ -111,7 +111,8 @@ impl AttentionStep {
         // slot and position is within the cache, and the caller that each run has one token.
         unsafe { device.launch(kernel, &grid, &args) }?;
         if splits > 1 {
-            let grid = Grid::new("attention_step_merge", [batch.tokens, heads, 1], 128, 0)?;
+            let grid = Grid::new("attention_step_merge", [batch.tokens, heads, 1], 128, 0)?
+                .doing((splits + 1) * part_bytes, 0);
             // SAFETY: as above; the parts were written by the launch before.
             unsafe { device.launch(&self.merge, &grid, &args) }?;
         }

@@ -60,7 +60,7 @@ impl Elementwise {
         let n = x.rows() * x.cols();
         // Enough blocks to fill the card; each walks on in strides of all of them.
         let blocks = n.div_ceil(1024).min(16 * device.multiprocessors());
-        let grid = Grid::new("add_assign", [blocks, 1, 1], 256, 0)?;
+        let grid = Grid::new("add_assign", [blocks, 1, 1], 256, 0)?.doing(3 * 4 * n, 0);
         let args = AddArgs { x: x.ptr(), y: y.ptr(), n: n as u64 };
         // SAFETY: both have n elements in use.
         unsafe { device.launch(&self.add_assign, &grid, &args) }?;
@@ -76,7 +76,7 @@ impl Elementwise {
     ) -> Result<()> {
         let cols = out.cols();
         let blocks = [gate_up.rows(), cols.div_ceil(1024), 1];
-        let grid = Grid::new("silu_mul", blocks, 256, 0)?;
+        let grid = Grid::new("silu_mul", blocks, 256, 0)?.doing(3 * 4 * gate_up.rows() * cols, 0);
         let args = SiluMulArgs { gate_up: gate_up.ptr(), out: out.ptr(), cols: cols as u32 };
         // SAFETY: both have the same rows in use, `gate_up` of twice the columns.
         unsafe { device.launch(&self.silu_mul, &grid, &args) }?;
@@ -93,7 +93,8 @@ impl Elementwise {
         let (rows, cols) = (gate_up.rows(), gate_up.cols() / 2);
         let ldo = cols.next_multiple_of(8);
         let out = workspace.reserve(device, 2 * rows * ldo)?;
-        let grid = Grid::new("silu_mul_bf16", [rows, ldo.div_ceil(1024), 1], 256, 0)?;
+        let grid = Grid::new("silu_mul_bf16", [rows, ldo.div_ceil(1024), 1], 256, 0)?
+            .doing(rows * (8 * cols + 2 * ldo), 0);
         let (cols, ldo) = (cols as u32, ldo as u32);
         let args = SiluMulBf16Args { gate_up: gate_up.ptr(), out, cols, ldo };
         // SAFETY: gate_up has 2 cols columns, and the workspace (rows, ldo) elements.

@@ -48,7 +48,6 @@ impl Embed {
         out: &mut Tensor,
     ) -> Result<()> {
         let [_, cols] = table.shape();
-        let grid = Grid::new("embed", [batch.tokens, 1, 1], 256, 0)?;
         let matrix = table.matrix()?;
         let (kernel, ld) = match matrix.packing {
             None => (&self.embed, table.ld()),
@@ -58,6 +57,8 @@ impl Embed {
                 return Err(jamba_core::Error::Unsupported { backend: "cuda", what });
             }
         };
+        let grid = Grid::new("embed", [batch.tokens, 1, 1], 256, 0)?
+            .doing(batch.tokens * (matrix.stride + 4 * cols), 0);
         let args = EmbedArgs {
             table: matrix.ptr,
             scales: matrix.scales,

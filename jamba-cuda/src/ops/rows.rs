@@ -39,7 +39,8 @@ impl Rows {
         batch: &Staged,
         out: &mut Tensor,
     ) -> Result<()> {
-        let grid = Grid::new("output_rows", [batch.outputs, 1, 1], 256, 0)?;
+        let grid = Grid::new("output_rows", [batch.outputs, 1, 1], 256, 0)?
+            .doing(2 * 4 * batch.outputs * x.cols(), 0);
         let cols = x.cols() as u32;
         let args = RowsArgs { x: x.ptr(), index: batch.outputs_ptr(), out: out.ptr(), cols };
         // SAFETY: a batch asks for rows among its tokens, of which `x` has as many; `out` has as

@@ -182,7 +182,9 @@ impl Sample {
             // SAFETY: as before; the parts and, where a row has edits, its scores were written.
             unsafe { device.launch(&self.weights, &grid, &args) }?;
         }
-        let grid = Grid::new("sample", [count, 1, 1], LIST, 0)?;
+        // Nothing more than the results, if all are greedy.
+        let read = count * size_of::<Chosen>() + if draws { all } else { layout.part };
+        let grid = Grid::new("sample", [count, 1, 1], LIST, 0)?.doing(read, 0);
         // SAFETY: as before; sums of parts and of bins were written for every row that draws.
         unsafe { device.launch(&self.sample, &grid, &args) }?;
         let mut results = vec![Chosen::default(); count];

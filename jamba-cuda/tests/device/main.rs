@@ -12,6 +12,7 @@ mod engine;
 mod faults;
 mod kernels;
 mod models;
+mod profile;
 mod prompts;
 mod quantised;
 mod sample;
@@ -55,6 +56,7 @@ fn main() -> ExitCode {
         trials.extend(engine::trials(precision));
         trials.extend(drawn::trials(precision));
         trials.extend(sample::trials(precision));
+        trials.extend(profile::trials(precision));
     }
     trials.extend(faults::trials());
     let mut alone = faults::alone();
