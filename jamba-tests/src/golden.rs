@@ -30,7 +30,9 @@ pub struct Golden {
 }
 
 /// The folder of a golden configuration: in this crate, or in `$JAMBA_GOLDEN` for tests that run on
-/// another machine than they were built on.
+/// another machine than they were built on, and for those that have this crate from a registry,
+/// where the weights and activations (13 MB) are left out: they are in `jamba-tests/golden` of the
+/// repository.
 pub fn folder(name: &str) -> PathBuf {
     let all = match std::env::var_os("JAMBA_GOLDEN") {
         Some(folder) => folder.into(),
@@ -43,7 +45,7 @@ impl Golden {
     /// Loads the configuration of this name.
     ///
     /// # Panics
-    /// If the file is not there or not as it should be: it is part of this crate.
+    /// If the file is not there ([`folder`]) or not as it should be.
     pub fn load(name: &str) -> Self {
         Self::from_folder(&folder(name))
     }
@@ -53,7 +55,11 @@ impl Golden {
     /// # Panics
     /// As [`load`](Self::load).
     pub fn from_folder(folder: &Path) -> Self {
-        let bytes = std::fs::read(folder.join("golden.safetensors")).expect("golden.safetensors");
+        let path = folder.join("golden.safetensors");
+        let bytes = std::fs::read(&path).unwrap_or_else(|e| {
+            let path = path.display();
+            panic!("{path}: {e}; set JAMBA_GOLDEN to `jamba-tests/golden` of the repository")
+        });
         let file = SafeTensors::deserialize(&bytes).expect("valid safetensors");
         let mut golden = Self {
             folder: folder.to_owned(),
