@@ -39,8 +39,20 @@ pub trait ParamSource {
 ///
 /// Files are mapped, not read: opening costs the headers, and a backend that keeps parameters as
 /// they are stored shares the page cache with everyone else who has the file open. A file that is
-/// truncated by someone else *while it is mapped* ends the process (SIGBUS): replace model files
-/// by renaming, do not write into them.
+/// truncated by someone else *while it is mapped* ends the process (SIGBUS) where the lost part is
+/// read: replace model files by renaming, do not write into them. A file that is too short already
+/// when a tensor is [asked for](Self::tensor) is an error.
+///
+/// ```
+/// use jamba_core::{Checkpoint, Dtype};
+///
+/// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/jamba-tales-11m");
+/// let checkpoint = Checkpoint::open(folder)?;
+/// let embedding = checkpoint.tensor("model.embed_tokens.weight", &[4096, 256])?;
+/// assert_eq!(embedding.dtype(), Dtype::Bf16);
+/// let first_row = &embedding.to_f32()[..256];
+/// # Ok::<(), jamba_core::Error>(())
+/// ```
 pub struct Checkpoint {
     folder: PathBuf,
     shards: Vec<Shard>,
@@ -49,7 +61,20 @@ pub struct Checkpoint {
 
 struct Shard {
     path: PathBuf,
+    file: File,
     bytes: Owner,
+}
+
+impl Shard {
+    /// Refuses a file that no longer has its first `end` bytes.
+    fn check_length(&self, end: usize) -> Result<()> {
+        let length = self.file.metadata().map_err(Error::io(&self.path))?.len();
+        if length >= end as u64 {
+            return Ok(());
+        }
+        let reason = format!("it was cut off at {length} bytes after it was opened");
+        Err(Error::Safetensors { path: self.path.clone(), reason })
+    }
 }
 
 impl Bytes for Mmap {
@@ -147,7 +172,7 @@ impl Checkpoint {
             (name, Stored { shard, dtype: info.dtype, shape: info.shape.clone(), bytes })
         });
         let stored = stored.collect();
-        self.shards.push(Shard { path, bytes: Arc::new(map) });
+        self.shards.push(Shard { path, file, bytes: Arc::new(map) });
         Ok(stored)
     }
 
@@ -164,7 +189,8 @@ impl Checkpoint {
     /// One tensor, which must have this shape.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`], [`Error::TensorShape`] or [`Error::TensorDtype`].
+    /// [`Error::MissingTensor`], [`Error::TensorShape`], [`Error::TensorDtype`], or
+    /// [`Error::Safetensors`] for a file that was truncated since it was opened.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<HostTensor> {
         let stored = self.tensors.get(name).ok_or_else(|| self.lacks(name))?;
         let shard = &self.shards[stored.shard];
@@ -188,6 +214,7 @@ impl Checkpoint {
                 });
             }
         };
+        shard.check_length(stored.bytes.end)?;
         Ok(HostTensor::view(dtype, shape.to_vec(), shard.bytes.clone(), stored.bytes.clone()))
     }
 

@@ -14,6 +14,16 @@ use crate::tensor::Dtype;
 /// A `Config` read by [`Config::from_folder`] or [`Config::from_json`], or taken from
 /// [`Config::preset`], is valid. Fields may be changed; whoever takes a `Config` calls
 /// [`Config::validate`] again.
+///
+/// ```
+/// use jamba_core::Config;
+///
+/// let config = Config::from_json(r#"{"model_type": "jamba", "num_hidden_layers": 8}"#)?;
+/// assert_eq!(config.d_inner(), 2 * config.hidden_size);
+/// let error = Config::from_json(r#"{"num_attention_heads": 7}"#).unwrap_err();
+/// assert!(error.to_string().contains("num_attention_heads"));
+/// # Ok::<(), jamba_core::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Config {
@@ -78,7 +88,7 @@ const MAX_JSON: u64 = 64 << 20;
 
 // No model that fits any machine is larger. Within these limits the bytes of all parameters, as
 // f32, fit `u64`, and the table of their names fits memory.
-const MAX_VOCAB: usize = 1 << 24;
+pub(crate) const MAX_VOCAB: usize = 1 << 24;
 const MAX_SIZE: usize = 1 << 20;
 const MAX_LAYERS: usize = 1 << 12;
 /// Experts of a layer times layers.

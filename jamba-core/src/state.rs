@@ -17,8 +17,32 @@ use crate::transfer;
 
 mod file;
 
+#[cfg(feature = "chat")]
+pub(crate) use file::Replacement;
+
 /// The state of a sequence: its tokens, the keys and values of each, the convolution and SSM
 /// states after the last, and the logits there. A clone shares all of it.
+///
+/// ```
+/// use jamba_core::{LanguageModel, Model, SessionOptions, Snapshot};
+/// use jamba_cpu::CpuBackend;
+///
+/// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/jamba-tales-11m");
+/// let model = Model::load(folder, CpuBackend::new())?;
+/// let options = SessionOptions { context: 64, ..Default::default() };
+/// let mut session = model.session(options)?;
+/// session.append(&[1, 500, 600])?;
+/// let file = std::env::temp_dir().join(format!("{}.state", std::process::id()));
+/// session.snapshot()?.save(&file)?;
+///
+/// // In another process, on another backend, in as many sessions as there shall be.
+/// let snapshot = Snapshot::load(&file)?;
+/// let mut later = model.session(options)?;
+/// later.restore(&snapshot)?;
+/// assert_eq!(later.append(&[700])?, session.append(&[700])?);
+/// # std::fs::remove_file(file).ok();
+/// # Ok::<(), jamba_core::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct Snapshot(Arc<Value>);
 

@@ -24,10 +24,33 @@ pub use decoder::Decoder;
 /// Bytes of a `tokenizer.json` at most: several times the largest of published models.
 const MAX_FILE: u64 = 256 << 20;
 
+/// Ids at most, those that are not used included: there are tables with a place for each.
+const MAX_IDS: usize = crate::config::MAX_VOCAB;
+
 /// The tokenizer of a model folder. A clone shares it.
 ///
 /// A special token that is spelled out in a text (`<|endoftext|>`) becomes its id, as in
 /// transformers; [`encode_untrusted`](Self::encode_untrusted) is for text of which it must not.
+///
+/// ```
+/// use jamba_core::Tokenizer;
+///
+/// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/jamba-tales-11m");
+/// let tokenizer = Tokenizer::from_folder(folder)?;
+/// let ids = tokenizer.encode("The little fox")?;
+/// assert_eq!(ids.first().copied(), tokenizer.bos_id());
+/// assert_eq!(tokenizer.decode(&ids)?, "The little fox");
+///
+/// // As the ids come, one at a time.
+/// let mut decoder = tokenizer.decoder(&[])?;
+/// let mut text = String::new();
+/// for id in ids {
+///     text += &decoder.push(id)?;
+/// }
+/// text += &decoder.finish()?;
+/// assert_eq!(text, "The little fox");
+/// # Ok::<(), jamba_core::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct Tokenizer {
     inner: Arc<Inner>,
@@ -80,6 +103,10 @@ impl Tokenizer {
             let ids = tokenizer.get_vocab(true).into_values().max();
             Ok((tokenizer, ids.map_or(0, |id| id as usize + 1)))
         })?;
+        if ids > MAX_IDS {
+            let reason = format!("it has the id {}: ids below {MAX_IDS} are allowed", ids - 1);
+            return Err(refused(&path, reason));
+        }
         let alphabet = Alphabet::new(tokenizer.get_decoder());
 
         let (mut bos_id, mut eos_id, mut add_bos) = (None, None, false);

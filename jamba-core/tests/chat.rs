@@ -192,6 +192,17 @@ fn errors_say_where() {
     let endless =
         "{% for a in range(9999) %}{% for b in range(9999) %}{{ b }}{% endfor %}{% endfor %}";
     assert!(render(endless).contains("fuel"));
+    // Neither may a few characters ask for all of the machine's memory.
+    for greedy in [
+        "{% set n = namespace(x='xxxxxxxx') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{{ range(9999) | list | tojson(separators=['x' * 999999, '']) }}",
+        "{% set n = namespace(x=range(9999) | list) %}{% for i in range(150) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x | tojson(indent=64) }}",
+        "{{ ('x ' * 20000000).rsplit() | length }}",
+        "{{ strftime_now('%255Y' * 9999999) }}",
+    ] {
+        let error = render(greedy);
+        assert!(error.contains("fuel"), "{greedy}: {error}");
+    }
     assert!(matches!(
         ChatTemplate::new("{{ messages[0].content }}")
             .unwrap()
@@ -201,6 +212,23 @@ fn errors_say_where() {
     assert!(Message::from_value(serde_json::json!({"content": "x"})).is_err());
     assert!(Message::from_value(serde_json::json!("x")).is_err());
     assert!(ChatTemplate::new("").unwrap().at("yesterday").is_err());
+    // However deep a template nests, there is room for it, or an error.
+    let nested = "{% set n = namespace(x=[]) %}{% for i in range(50000) %}{% set n.x = [n.x] %}\
+                  {% endfor %}{{ n.x == n.x }}{{ n.x | string | length }}";
+    let chains = ["-", "not ", "'a'~"].map(|part| format!("{{{{ {}1 }}}}", part.repeat(5_000)));
+    for source in chains.iter().map(String::as_str).chain([nested]) {
+        if let Ok(template) = ChatTemplate::new(source) {
+            template.render(&chat, End::Reply).ok();
+        }
+    }
+    assert!(ChatTemplate::new(&"x".repeat(1 << 20)).unwrap_err().to_string().contains("bytes"));
+    // A tag that ends within its beginning does not.
+    for source in ["{%}", "{#}", "{%}raw generation", "{#} {% generation %}", "{% raw %}{%}", "{%"]
+    {
+        if let Ok(template) = ChatTemplate::new(source) {
+            template.render(&chat, End::Reply).ok();
+        }
+    }
 }
 
 #[test]

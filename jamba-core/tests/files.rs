@@ -182,4 +182,24 @@ fn hostile_tokenizers() {
         }
     }
     assert!(refused >= 8, "{refused}");
+    // Tables with a place for every id are made for grammars and for masks.
+    let folder = TempDir::new().unwrap();
+    let file = with(&|json| json["model"]["vocab"]["fox"] = serde_json::json!(u32::MAX - 1));
+    std::fs::write(folder.path().join("tokenizer.json"), file).unwrap();
+    let message = Tokenizer::from_folder(folder.path()).err().unwrap().to_string();
+    assert!(message.contains("the id 4294967294"), "{message}");
+}
+
+/// Reading what a mapped file has lost would end the process.
+#[test]
+fn a_file_that_is_cut_off_after_it_was_opened() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("model.safetensors");
+    std::fs::copy(demo().join("model.safetensors"), &path).unwrap();
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let name = "model.final_layernorm.weight";
+    checkpoint.tensor(name, &[256]).unwrap();
+    std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(100_000).unwrap();
+    let message = checkpoint.tensor(name, &[256]).err().unwrap().to_string();
+    assert!(message.contains("cut off at 100000 bytes"), "{message}");
 }

@@ -364,7 +364,8 @@ impl ToolChoice {
 
 /// A message as templates have it: arguments of calls are objects there, and text in the API.
 fn message(mut value: Value) -> Result<Message, ApiError> {
-    for call in value["tool_calls"].as_array_mut().into_iter().flatten() {
+    let calls = value.get_mut("tool_calls").and_then(Value::as_array_mut);
+    for call in calls.into_iter().flatten() {
         let Some(arguments) = call.pointer_mut("/function/arguments") else { continue };
         if let Some(Ok(parsed)) = arguments.as_str().map(serde_json::from_str::<Value>)
             && parsed.is_object()

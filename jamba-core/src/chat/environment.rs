@@ -25,7 +25,10 @@ impl Marks {
 }
 
 /// Steps of a template: far more than a conversation takes, and an end for a template without one.
-const FUEL: u64 = 50_000_000;
+/// Data that a template makes costs fuel too, so that this bounds its memory: 256 MB.
+const FUEL: u64 = 4 << 20;
+/// As minijinja has it.
+pub(super) const BYTES_PER_FUEL: usize = 64;
 
 /// What does not depend on what is rendered.
 pub(super) fn environment() -> Environment<'static> {
@@ -75,12 +78,17 @@ fn as_float(value: &Value) -> Option<f64> {
 
 /// Adds what depends on the texts and on the time (`None`: now).
 pub(super) fn prepare(env: &mut Environment<'_>, marks: Marks, now: Option<jiff::civil::DateTime>) {
-    env.add_filter("tojson", move |value: Value, given: Rest<Value>, named: Kwargs| {
-        Style::new(&given, &named)?.dump(&value, &marks.all())
-    });
+    env.add_filter(
+        "tojson",
+        move |state: &State, value: Value, given: Rest<Value>, named: Kwargs| {
+            Style::new(&given, &named)?.dump(state, &value, &marks.all())
+        },
+    );
     let [open, close] = marks.generation;
     env.add_filter("generation", move |said: String| format!("{open}{said}{close}"));
-    env.add_function("strftime_now", move |format: String| {
+    env.add_function("strftime_now", move |state: &State, format: String| {
+        // A directive of a few bytes writes up to a few hundred.
+        state.consume_fuel(format.len() as u64)?;
         let now = now.unwrap_or_else(|| jiff::ZonedDateTime::now().datetime());
         jiff::fmt::strtime::format(&format, now).map_err(|error| {
             Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {error}"))
@@ -90,7 +98,7 @@ pub(super) fn prepare(env: &mut Environment<'_>, marks: Marks, now: Option<jiff:
 
 /// Methods of Python's strings, lists and dicts.
 fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
-    match value.as_str().map(|text| string_method(text, name, args)) {
+    match value.as_str().map(|text| string_method(state, text, name, args)) {
         Some(Ok(Some(result))) => Ok(result),
         Some(Err(error)) => Err(error),
         Some(Ok(None)) | None => pycompat::unknown_method_callback(state, value, name, args),
@@ -98,7 +106,12 @@ fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Resul
 }
 
 /// Methods of strings that minijinja-contrib does not have.
-fn string_method(text: &str, name: &str, args: &[Value]) -> Result<Option<Value>, Error> {
+fn string_method(
+    state: &State,
+    text: &str,
+    name: &str,
+    args: &[Value],
+) -> Result<Option<Value>, Error> {
     use minijinja::value::from_args;
     let every = |holds: fn(char) -> bool| !text.is_empty() && text.chars().all(holds);
     Ok(Some(match name {
@@ -143,17 +156,24 @@ fn string_method(text: &str, name: &str, args: &[Value]) -> Result<Option<Value>
         "rsplit" => {
             let (part, most): (Option<&str>, Option<i64>) = from_args(args)?;
             let most = most.and_then(|most| usize::try_from(most).ok()).unwrap_or(usize::MAX);
-            rsplit(text, part, most).into()
+            rsplit(state, text, part, most)?.into()
         }
         _ => return Ok(None),
     }))
 }
 
 /// `str.rsplit`: at most `most` times, from the end; without a separator at whitespace.
-fn rsplit(text: &str, separator: Option<&str>, most: usize) -> Vec<String> {
+fn rsplit(
+    state: &State,
+    text: &str,
+    separator: Option<&str>,
+    most: usize,
+) -> Result<Vec<String>, Error> {
     let mut rest = text;
     let mut parts = Vec::new();
     while parts.len() < most {
+        // A part takes more memory than the byte that ends it.
+        state.consume_fuel(1)?;
         let split = match separator {
             Some(separator) => rest.rsplit_once(separator),
             None => {
@@ -172,7 +192,7 @@ fn rsplit(text: &str, separator: Option<&str>, most: usize) -> Vec<String> {
         parts.push(rest.to_owned());
     }
     parts.reverse();
-    parts
+    Ok(parts)
 }
 
 /// Writes in minijinja's way what it does in another than Jinja2. `{% generation %}` becomes a
@@ -186,7 +206,8 @@ pub(super) fn translated(source: &str) -> Cow<'_, str> {
     while let Some(at) = rest.find("{%").into_iter().chain(rest.find("{#")).min() {
         let is_comment = rest[at..].starts_with("{#");
         let end = if is_comment { "#}" } else { "%}" };
-        let Some(length) = rest[at..].find(end) else { break };
+        // Behind the opening: in `{%}` there is no end.
+        let Some(length) = rest[at + 2..].find(end).map(|inner| inner + 2) else { break };
         let (tag, after) = rest[at..].split_at(length + end.len());
         out.push_str(&rest[..at]);
         rest = after;

@@ -1,7 +1,9 @@
 //! Values as Python's `json.dumps` writes them, which is what `tojson` is in chat templates.
 
 use minijinja::value::{Kwargs, ValueKind};
-use minijinja::{Error, ErrorKind, Value};
+use minijinja::{Error, ErrorKind, State, Value};
+
+use super::environment::BYTES_PER_FUEL;
 
 /// How `json.dumps` is to write.
 pub(super) struct Style {
@@ -46,10 +48,15 @@ impl Style {
         Ok(style)
     }
 
-    /// `value` as JSON. `kept` are written as they are.
-    pub(super) fn dump(&self, value: &Value, kept: &[char]) -> Result<String, Error> {
+    /// `value` as JSON. `kept` are written as they are. The fuel of `state` pays for what is written.
+    pub(super) fn dump(
+        &self,
+        state: &State,
+        value: &Value,
+        kept: &[char],
+    ) -> Result<String, Error> {
         let mut out = String::new();
-        Writer { style: self, kept, out: &mut out }.value(value, 0)?;
+        Writer { style: self, kept, state, paid: 0, out: &mut out }.value(value, 0)?;
         Ok(out)
     }
 }
@@ -57,6 +64,9 @@ impl Style {
 struct Writer<'a> {
     style: &'a Style,
     kept: &'a [char],
+    state: &'a State<'a, 'a>,
+    /// Bytes of `out` that fuel was taken for.
+    paid: usize,
     out: &'a mut String,
 }
 
@@ -123,12 +133,20 @@ impl Writer<'_> {
             }
             self.line(depth + 1);
             write(self, item)?;
+            self.pay()?;
         }
         if !items.is_empty() {
             self.line(depth);
         }
         self.out.push(brackets[1]);
         Ok(())
+    }
+
+    /// Takes fuel for what was written since: a short template can ask for a lot of indentation.
+    fn pay(&mut self) -> Result<(), Error> {
+        let fuel = (self.out.len() - self.paid) / BYTES_PER_FUEL;
+        self.paid += fuel * BYTES_PER_FUEL;
+        self.state.consume_fuel(fuel as u64)
     }
 
     fn line(&mut self, depth: usize) {

@@ -12,6 +12,7 @@ use crate::config::read_json;
 use crate::error::{Error, Result};
 use crate::generate::{CancelToken, FinishReason, GenerateOptions, Generator, Usage};
 use crate::session::Session;
+use crate::state::Replacement;
 use crate::tokenizer::Tokenizer;
 
 /// Checkpoints kept at the ends of prompts and replies, two for each turn.
@@ -198,19 +199,20 @@ impl ChatSession {
     }
 
     /// Writes the state to `path` ([`Session::save`]) and the messages to the same with `.json`
-    /// behind it.
+    /// behind it. Files that were there are replaced when both are written.
     ///
     /// # Errors
-    /// As [`Session::save`], and [`Error::Io`].
+    /// As [`Session::save`].
     pub fn save(&mut self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
-        self.session.save(path)?;
         let Held { text, cuts, anchors } = &self.held;
         let file = json!({
             "chat": self.chat.to_value(), "text": text, "cuts": cuts, "anchors": anchors,
         });
-        let beside = beside(path);
-        std::fs::write(&beside, format!("{file:#}\n")).map_err(Error::io(&beside))
+        let messages =
+            Replacement::write(&beside(path), |path| std::fs::write(path, format!("{file:#}\n")))?;
+        self.session.save(path)?;
+        messages.put()
     }
 
     /// Goes on with a conversation that [`save`](Self::save) wrote.
@@ -224,7 +226,8 @@ impl ChatSession {
         let refused =
             |reason: &str| Error::StateFile { path: beside.clone(), reason: reason.into() };
         let mut file = read_json(&beside)?.ok_or_else(|| refused("there is no such file"))?;
-        let chat = Chat::from_value(file["chat"].take())?;
+        let chat = file.get_mut("chat").map(Value::take).unwrap_or_default();
+        let chat = Chat::from_value(chat)?;
         let number = |value: &Value| value.as_u64().and_then(|v| usize::try_from(v).ok());
         let read = || {
             let text = file["text"].as_str()?.to_owned();

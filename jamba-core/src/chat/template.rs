@@ -141,11 +141,18 @@ impl ChatTemplate {
         sources: BTreeMap<String, String>,
         special: Vec<(String, String)>,
     ) -> Result<Self> {
-        let mut env = environment();
-        for (name, source) in &sources {
-            let parsed = translated(source).into_owned();
-            env.add_template_owned(name.clone(), parsed).map_err(|e| refused(&path, &e))?;
-        }
+        let env = with_room(&path, || {
+            let mut env = environment();
+            for (name, source) in &sources {
+                if source.len() > MAX_TEMPLATE {
+                    let reason = format!("it has more than {MAX_TEMPLATE} bytes");
+                    return Err(Error::Template { path: path.clone(), line: 0, reason });
+                }
+                let parsed = translated(source).into_owned();
+                env.add_template_owned(name.clone(), parsed).map_err(|e| refused(&path, &e))?;
+            }
+            Ok(env)
+        })?;
         let inner = Arc::new(Inner { env, path, sources, special });
         Ok(Self { inner, guarded: Arc::new([]), now: None })
     }
@@ -198,6 +205,10 @@ impl ChatTemplate {
     /// # Errors
     /// As `render`.
     pub fn render_named(&self, name: &str, chat: &Chat, end: End) -> Result<Rendered> {
+        with_room(&self.inner.path, || self.write(name, chat, end))
+    }
+
+    fn write(&self, name: &str, chat: &Chat, end: End) -> Result<Rendered> {
         let source = self.inner.sources.get(name).map_or("", String::as_str);
         let mut value = chat.to_value();
         let tag = if end == End::Continue { Some(open_end(&mut value, source)?) } else { None };
@@ -259,12 +270,25 @@ fn refused(path: &Path, error: &minijinja::Error) -> Error {
     Error::Template { path, line: error.line().unwrap_or(0), reason }
 }
 
-/// Bytes of a template at most.
-const MAX_TEMPLATE: u64 = 16 << 20;
+/// Bytes of a template at most: several times the largest of published models.
+const MAX_TEMPLATE: usize = 64 << 10;
+
+/// Bytes of stack, of which only those that are used take memory.
+const STACK: usize = 512 << 20;
+
+/// Runs `work` where there is room for it: parser, printer and `drop` call themselves for each level
+/// that a template nests, which costs it a byte of its source or a step.
+fn with_room<T: Send>(path: &Path, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("jamba-template".into()).stack_size(STACK);
+        let thread = thread.spawn_scoped(scope, work).map_err(Error::io(path))?;
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
 
 fn read(path: &Path) -> Result<String> {
     let missing = || Error::io(path)(std::io::ErrorKind::NotFound.into());
-    let bytes = read_file(path, MAX_TEMPLATE)?.ok_or_else(missing)?;
+    let bytes = read_file(path, MAX_TEMPLATE as u64)?.ok_or_else(missing)?;
     String::from_utf8(bytes).map_err(|e| Error::io(path)(std::io::Error::other(e)))
 }
 

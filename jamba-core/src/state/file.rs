@@ -64,12 +64,7 @@ impl Snapshot {
     /// [`Error::Io`], also for a folder, a device, or a link that leads nowhere; what was there is as
     /// before.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let mut path = path.as_ref();
-        // A renaming would put the file in the place of a link or a device.
-        let target = regular_file(path)?.and_then(|_| std::fs::canonicalize(path).ok());
-        if let Some(target) = &target {
-            path = target;
-        }
+        let path = path.as_ref();
         let entries = self.entries();
         let Value { origin, tokens, .. } = &*self.0;
         let config: serde_json::Map<_, _> =
@@ -83,11 +78,7 @@ impl Snapshot {
             ("positions".into(), tokens.len().to_string()),
             ("checksum".into(), checksum(&entries)),
         ]);
-        let mut temporary = Temporary::beside(path);
-        write(&entries, header, &temporary.0).map_err(Error::io(path))?;
-        std::fs::rename(&temporary.0, path).map_err(Error::io(path))?;
-        temporary.0.clear();
-        sync_folder(path).map_err(Error::io(path))
+        Replacement::write(path, |path| write(&entries, header, path))?.put()
     }
 
     fn entries(&self) -> Vec<Entry> {
@@ -227,9 +218,9 @@ fn parse(bytes: &[u8]) -> Result<Snapshot, String> {
         let values = floats(take(name, Dtype::F32, Some(shape))?);
         if is_kv { &mut kv } else { &mut states }.push((layer, part, values));
     }
-    let expected = field("checksum")?;
-    if *expected != checksum(&entries) {
-        return Err("its checksum is not that of its contents".into());
+    let (stated, found) = (field("checksum")?, checksum(&entries));
+    if *stated != found {
+        return Err(format!("its checksum is `{stated}`, that of its contents is `{found}`"));
     }
 
     let positions = tokens.len();
@@ -267,8 +258,7 @@ fn write(entries: &[Entry], header: HashMap<String, String>, path: &Path) -> std
         let view = TensorView::new(entry.dtype, entry.shape.clone(), &entry.bytes);
         views.push((&entry.name, view.map_err(other)?));
     }
-    serialize_to_file(views, Some(header), path).map_err(other)?;
-    OpenOptions::new().write(true).open(path)?.sync_all()
+    serialize_to_file(views, Some(header), path).map_err(other)
 }
 
 /// Brings a renaming to the disk, where folders can be opened.
@@ -280,24 +270,44 @@ fn sync_folder(path: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-/// A file that is removed unless its path was taken out.
-struct Temporary(PathBuf);
+/// A file that is written beside its place and then put there, whole; removed unless it was.
+pub(crate) struct Replacement {
+    /// Where it is for now; empty once it is in its place.
+    temporary: PathBuf,
+    place: PathBuf,
+}
 
-impl Temporary {
-    /// Another name in the folder of `path`.
-    fn beside(path: &Path) -> Self {
+impl Replacement {
+    /// Writes it, and brings it to the disk.
+    pub(crate) fn write(
+        path: &Path,
+        write: impl FnOnce(&Path) -> std::io::Result<()>,
+    ) -> Result<Self> {
         static COUNT: AtomicU64 = AtomicU64::new(0);
+        // A renaming would put the file in the place of a link or a device.
+        let target = regular_file(path)?.and_then(|_| std::fs::canonicalize(path).ok());
+        let place = target.unwrap_or_else(|| path.to_owned());
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let mut name = path.file_name().unwrap_or_default().to_owned();
+        let mut name = place.file_name().unwrap_or_default().to_owned();
         name.push(format!(".{}-{count}.tmp", std::process::id()));
-        Self(path.with_file_name(name))
+        let this = Self { temporary: place.with_file_name(name), place };
+        let sync = || OpenOptions::new().write(true).open(&this.temporary)?.sync_all();
+        write(&this.temporary).and_then(|()| sync()).map_err(Error::io(path))?;
+        Ok(this)
+    }
+
+    /// Puts it in its place; a file that was there is replaced.
+    pub(crate) fn put(mut self) -> Result<()> {
+        std::fs::rename(&self.temporary, &self.place).map_err(Error::io(&self.place))?;
+        self.temporary.clear();
+        sync_folder(&self.place).map_err(Error::io(&self.place))
     }
 }
 
-impl Drop for Temporary {
+impl Drop for Replacement {
     fn drop(&mut self) {
-        if !self.0.as_os_str().is_empty() {
-            let _ = std::fs::remove_file(&self.0);
+        if !self.temporary.as_os_str().is_empty() {
+            let _ = std::fs::remove_file(&self.temporary);
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Tokenizer, refused};
+use super::{Tokenizer, guarded};
 use crate::error::Result;
 
 impl Tokenizer {
@@ -20,8 +20,7 @@ impl Tokenizer {
 
     /// [`encode_plain`](Self::encode_plain), with the bytes of `text` that each token is of.
     pub(crate) fn encode_with_offsets(&self, text: &str) -> Result<Vec<(u32, Range<usize>)>> {
-        let encoding = self.inner.tokenizer.encode(text, false);
-        let encoding = encoding.map_err(|e| refused(&self.inner.path, e))?;
+        let encoding = guarded(&self.inner.path, || self.inner.tokenizer.encode(text, false))?;
         let offsets = encoding.get_offsets().iter().map(|(from, to)| *from..*to);
         Ok(encoding.get_ids().iter().copied().zip(offsets).collect())
     }
