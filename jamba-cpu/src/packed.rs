@@ -266,7 +266,8 @@ mod tests {
 
     #[test]
     fn packing_keeps_every_weight() {
-        for cols in [1, 31, 32, 100, 512, 600, 1024] {
+        for cols in [1, 31, 32, 100, 512, 600, 1024].into_iter().filter(|n| !cfg!(miri) || *n < 513)
+        {
             let values: Vec<f32> =
                 (0..3 * cols).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0).collect();
             let param = Param::new("w", Role::Linear, HostTensor::from_f32(vec![3, cols], values));

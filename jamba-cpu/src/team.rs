@@ -207,7 +207,7 @@ mod tests {
     fn every_task_is_done_once_before_a_region_ends() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(4).build().unwrap();
         pool.install(|| {
-            for step in 0..200 {
+            for step in 0..if cfg!(miri) { 5 } else { 200 } {
                 lead(|| {
                     for tasks in [1, 2, 3, 17, step] {
                         let counts: Vec<_> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
@@ -225,20 +225,21 @@ mod tests {
 
     #[test]
     fn several_steps_share_a_pool() {
+        const STEPS: usize = if cfg!(miri) { 3 } else { 100 };
         let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
         let total = AtomicUsize::new(0);
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
                     pool.install(|| {
-                        for _ in 0..100 {
+                        for _ in 0..STEPS {
                             lead(|| run(10, |n| _ = total.fetch_add(n, Ordering::Relaxed)));
                         }
                     });
                 });
             }
         });
-        assert_eq!(total.into_inner(), 4 * 100 * 45);
+        assert_eq!(total.into_inner(), 4 * STEPS * 45);
     }
 
     #[test]
