@@ -143,7 +143,9 @@ impl Server {
         Ok(())
     }
 
-    fn router(&self) -> Router {
+    /// What [`run`](Self::run) serves, for a program that listens by itself. There, requests from
+    /// any host are answered.
+    pub fn router(&self) -> Router {
         let open = Router::new()
             .route("/", get(|| async { Html(include_str!("page.html")) }))
             .route("/health", get(|| async { axum::Json(json!({ "status": "ok" })) }));
