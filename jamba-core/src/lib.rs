@@ -85,6 +85,7 @@
         clippy::unwrap_used
     )
 )]
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 // The plays of `session/tests.rs` are those of `tests/state`, which knows the crate by its name.
 #[cfg(test)]

@@ -130,6 +130,22 @@ impl<B: Backend> Model<B> {
 }
 
 /// A model whose backend was chosen at run time.
+///
+/// ```
+/// use jamba_core::{LanguageModel, Model, SessionOptions};
+/// use jamba_cpu::{CpuBackend, ReferenceBackend};
+///
+/// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/jamba-tales-11m");
+/// let readable = false;
+/// let model: Box<dyn LanguageModel> = match readable {
+///     true => Box::new(Model::load(folder, ReferenceBackend::new())?),
+///     false => Box::new(Model::load(folder, CpuBackend::new())?),
+/// };
+/// let mut session = model.session(SessionOptions::default())?;
+/// let next = session.append_greedy(&[1, 500])?;
+/// assert!((next.id as usize) < model.config().vocab_size);
+/// # Ok::<(), jamba_core::Error>(())
+/// ```
 pub trait LanguageModel: Send + Sync {
     /// The configuration.
     fn config(&self) -> &Config;

@@ -79,6 +79,17 @@ pub const LIMIT: f32 = f32::from_bits((126 + 127) << 23);
 
 /// How a backend keeps the weights of a model. The [rules](self#rules) say what that means for
 /// each parameter.
+///
+/// ```
+/// use jamba_core::{LanguageModel, Model, WeightFormat};
+/// use jamba_cpu::CpuBackend;
+///
+/// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/jamba-tales-11m");
+/// let backend = CpuBackend::new().with_format(WeightFormat::Int8);
+/// let model = Model::load(folder, backend)?;
+/// assert_eq!(model.weight_format(), WeightFormat::Int8);
+/// # Ok::<(), jamba_core::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum WeightFormat {

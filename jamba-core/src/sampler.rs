@@ -164,6 +164,20 @@ pub struct Sampled {
 
 /// Chooses the tokens of one sequence: the options, what was generated so far, and the generator
 /// of random numbers (ChaCha with 8 rounds, keyed with the seed as 8 little-endian bytes and zeros).
+///
+/// ```
+/// use jamba_core::{Sampler, Sampling};
+///
+/// let logits = [0.5, 2.0, -1.0, 1.5];
+/// let mut greedy = Sampler::new(Sampling::greedy(), logits.len())?;
+/// assert_eq!(greedy.sample(&logits)?.id, 1);
+///
+/// let sampling = Sampling { temperature: 0.7, top_k: 2, seed: 42, ..Default::default() };
+/// let mut sampler = Sampler::new(sampling, logits.len())?;
+/// let sampled = sampler.sample(&logits)?;
+/// assert!([1, 3].contains(&sampled.id) && sampled.logprob < 0.0);
+/// # Ok::<(), jamba_core::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct Sampler {
     sampling: Sampling,

@@ -32,6 +32,17 @@ pub struct LayerKind {
 }
 
 /// The kind of every layer (arXiv 2403.19887, section 2 and Figure 1).
+///
+/// ```
+/// use jamba_core::Config;
+/// use jamba_core::schedule::{MixerKind, Schedule};
+///
+/// let schedule = Schedule::new(&Config::preset("jamba-v0.1")?);
+/// assert_eq!((schedule.attention_layers(), schedule.mamba_layers()), (4, 28));
+/// let attention = schedule.iter().position(|layer| layer.mixer == MixerKind::Attention);
+/// assert_eq!(attention, Some(4));
+/// # Ok::<(), jamba_core::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Schedule {
     layers: Vec<LayerKind>,

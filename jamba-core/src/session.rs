@@ -65,6 +65,25 @@ impl SessionOptions {
 /// on a pool of threads (the CPU backend on rayon's), a task of that very pool that waits for a step
 /// runs other tasks meanwhile: it must not hold a lock that they take. So do not share a
 /// `Mutex<Session>` among rayon tasks; [fork](Self::fork) it, or use an [`Engine`](crate::Engine).
+///
+/// ```
+/// use jamba_core::{LanguageModel, Model, SessionOptions};
+/// use jamba_cpu::CpuBackend;
+///
+/// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/jamba-tales-11m");
+/// let model = Model::load(folder, CpuBackend::new())?;
+/// let mut session = model.session(SessionOptions { context: 64, ..Default::default() })?;
+/// let logits = session.append(&[1, 500, 600])?;
+/// assert_eq!(logits.len(), model.config().vocab_size);
+///
+/// let mut other = session.fork()?;
+/// session.append(&[700])?;
+/// other.append(&[800])?;
+/// session.rewind(1)?;
+/// session.append(&[800])?;
+/// assert_eq!(session.last_logits(), other.last_logits());
+/// # Ok::<(), jamba_core::Error>(())
+/// ```
 pub struct Session {
     runner: Box<dyn Runner>,
     batch: Batch,

@@ -71,6 +71,19 @@ impl ReplyEvent {
 /// It knows `<think>...</think>`, Jamba's `<tool_calls>[{...}, ...]</tool_calls>` and ChatML's
 /// `<tool_call>{...}</tool_call>`. A call is an object with `name` and `arguments`: an object, or a
 /// string with one. A tag inside of a JSON string is part of the string.
+///
+/// ```
+/// use jamba_core::chat::{ReplyEvent, ReplyParser};
+///
+/// let mut parser = ReplyParser::default();
+/// let reply = ["Let me ", "see.<tool", "_call>{\"name\": \"f\"", "}</tool_call>"];
+/// let mut events: Vec<ReplyEvent> = reply.iter().flat_map(|text| parser.push(text)).collect();
+/// events.extend(parser.finish());
+/// let text: String = events.iter().filter_map(ReplyEvent::text).collect();
+/// assert_eq!(text, "Let me see.");
+/// let Some(ReplyEvent::ToolCalls { calls, .. }) = events.last() else { panic!("{events:?}") };
+/// assert_eq!(calls[0].name, "f");
+/// ```
 #[derive(Clone, Debug)]
 pub struct ReplyParser {
     state: State,
