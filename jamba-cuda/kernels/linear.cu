@@ -25,17 +25,24 @@ struct LinearArgs {
 template <int ROWS, int OUTPUTS, int WARPS>
 __device__ __forceinline__ void linear(const LinearArgs& a) {
     __shared__ float sums[4][ROWS * OUTPUTS];
-    let_next_begin();
-    await_inputs();
     const u32 warp = threadIdx.x / 32, group = warp / WARPS;
-    const u32 lane = threadIdx.x % (WARPS * 32);
+    const u32 lane = threadIdx.x % (WARPS * 32), stride = WARPS * 32 * WEIGHT_VECTOR;
     const u32 first = (blockIdx.x * (4 / WARPS) + group) * OUTPUTS;
     const weight_t* w[OUTPUTS];
-    const float* x[ROWS];
-    float acc[ROWS][OUTPUTS];
     // Rows beyond the last repeat it: their sums are not written.
 #pragma unroll
     for (int j = 0; j < OUTPUTS; ++j) w[j] = a.w + (u64)min(first + j, a.n - 1) * a.ldw;
+    // The first weights come while the kernels before this one still run, the others a step ahead.
+    uint4 packed[OUTPUTS];
+    u32 k = lane * WEIGHT_VECTOR;
+#pragma unroll
+    for (int j = 0; j < OUTPUTS; ++j) {
+        packed[j] = k < a.k ? load_streaming(w[j] + k) : make_uint4(0, 0, 0, 0);
+    }
+    let_next_begin();
+    await_inputs();
+    const float* x[ROWS];
+    float acc[ROWS][OUTPUTS];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         x[r] = a.x + (u64)min((u32)r, a.rows - 1) * a.ldx;
@@ -43,13 +50,13 @@ __device__ __forceinline__ void linear(const LinearArgs& a) {
         for (int j = 0; j < OUTPUTS; ++j) acc[r][j] = 0.0f;
     }
 #pragma unroll 2
-    for (u32 k = lane * WEIGHT_VECTOR; k < a.k; k += WARPS * 32 * WEIGHT_VECTOR) {
-        uint4 packed[OUTPUTS];
-#pragma unroll
-        for (int j = 0; j < OUTPUTS; ++j) packed[j] = load_streaming(w[j] + k);
+    for (; k < a.k; k += stride) {
         float wide[OUTPUTS][WEIGHT_VECTOR];
 #pragma unroll
-        for (int j = 0; j < OUTPUTS; ++j) widen_16(packed[j], wide[j]);
+        for (int j = 0; j < OUTPUTS; ++j) {
+            widen_16(packed[j], wide[j]);
+            if (k + stride < a.k) packed[j] = load_streaming(w[j] + k + stride);
+        }
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
 #pragma unroll
