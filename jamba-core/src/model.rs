@@ -132,7 +132,7 @@ impl<B: Backend> Model<B> {
 /// A model whose backend was chosen at run time.
 ///
 /// ```
-/// use jamba_core::{LanguageModel, Model, SessionOptions};
+/// use jamba_core::{LanguageModel, Model, Sampler, Sampling, SessionOptions};
 /// use jamba_cpu::{CpuBackend, ReferenceBackend};
 ///
 /// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/jamba-tales-11m");
@@ -142,7 +142,8 @@ impl<B: Backend> Model<B> {
 ///     false => Box::new(Model::load(folder, CpuBackend::new())?),
 /// };
 /// let mut session = model.session(SessionOptions::default())?;
-/// let next = session.append_greedy(&[1, 500])?;
+/// let mut greedy = Sampler::new(Sampling::greedy(), model.config().vocab_size)?;
+/// let next = session.append_sampled(&[1, 500], &mut greedy)?;
 /// assert!((next.id as usize) < model.config().vocab_size);
 /// # Ok::<(), jamba_core::Error>(())
 /// ```
