@@ -76,14 +76,15 @@ impl Machine {
         };
         Ok(Self {
             about: format!(
-                "{name}, {arch}: copies {:.0} GB/s, products of {what} {rate:.0} TFLOP/s",
-                probe.copy_gb_per_s
+                "{name}, {arch}: reads {:.0} GB/s, copies {:.0}, products of {what} {rate:.0} TFLOP/s",
+                probe.read_gb_per_s, probe.copy_gb_per_s
             ),
-            bandwidth: 1e9 * probe.copy_gb_per_s,
+            bandwidth: 1e9 * probe.read_gb_per_s,
             products: 1e12 * rate,
             measured: json!({
                 "device": name,
                 "arch": arch,
+                "read_gb_per_second": probe.read_gb_per_s,
                 "copy_gb_per_second": probe.copy_gb_per_s,
                 "f32_tflop_per_second": probe.f32_tflop_per_s,
                 "bf16_tflop_per_second": probe.bf16_tflop_per_s,

@@ -6,11 +6,11 @@
 //   expert_gated_*   the same for the entries of an expert, whose W it is
 //   expert_linear_*  out = x W[e]^T for the entries of expert e
 //
-// *_f32 takes x in f32, up to 8 rows of it; *_8 to *_64 take x in bf16, up to so many rows a tile.
+// *_8 to *_64 take up to so many rows of x a tile. (packed.cu: one or two rows, quantised.)
 //
-// Layout: x (rows, ldx); W of n rows (gated: 2 n) of `stride` bytes as PACKING says, its scales
-// `scale_stride` bytes apart; bias f32; out (rows, ldo) of f32, of gated_* of the type of x, with
-// zeros beyond n. PACKING: 0 bf16; 1 int8 with an f32 scale per row; 2 int8 and 3 four bits in
+// Layout: x (rows, ldx) bf16; W of n rows (gated: 2 n) of `stride` bytes as PACKING says, its scales
+// `scale_stride` bytes apart; bias f32; out (rows, ldo) of f32, of gated_* of bf16, with zeros
+// beyond n. PACKING: 0 bf16; 1 int8 with an f32 scale per row; 2 int8 and 3 four bits in
 // blocks of 32 with a bf16 scale each (jamba_core::quant has the bytes).
 // Weights in blocks are scaled before the product, and rounded to bf16; those of rows after it.
 // Threads: a block has 16 rows of W (gated: 16 and the 16 that go with them; *_64: 32), its warps
@@ -90,14 +90,6 @@ __device__ __forceinline__ void load_x(const bf16* x, bool valid, u32 (&pairs)[4
     const uint4 v = valid ? *(const uint4*)x : make_uint4(0, 0, 0, 0);
     pairs[0] = v.x, pairs[1] = v.y, pairs[2] = v.z, pairs[3] = v.w;
 }
-__device__ __forceinline__ void load_x(const float* x, bool valid, u32 (&pairs)[4]) {
-    const float4 zero = make_float4(0, 0, 0, 0);
-    const float4 low = valid ? *(const float4*)x : zero;
-    const float4 high = valid ? *(const float4*)(x + 4) : zero;
-    pairs[0] = pack_bf16(low.x, low.y), pairs[1] = pack_bf16(low.z, low.w);
-    pairs[2] = pack_bf16(high.x, high.y), pairs[3] = pack_bf16(high.z, high.w);
-}
-
 // As mma_bf16, but free to move: it is the order of loads that matters here.
 __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0,
                                          u32 b1) {
@@ -142,7 +134,7 @@ __device__ __forceinline__ Tile find_tile(const FewArgs& a, u32 index, u32 size)
     (COLUMNS == 1 ? 16 / TILES : TILES * COLUMNS <= 8 ? 8 : 64 / (TILES * COLUMNS))
 
 // TILES: of 16 rows of W that a warp multiplies at a time; COLUMNS: of 8 rows of x.
-template <class X, int TILES, int COLUMNS, bool GATED, bool EXPERTS>
+template <int TILES, int COLUMNS, bool GATED, bool EXPERTS>
 __device__ __forceinline__ void few(const FewArgs& a) {
     constexpr int WARPS = MOST_WARPS(TILES, COLUMNS);
     // Steps whose weights a warp has asked for, of 1 KiB for each 16 rows: enough where registers
@@ -210,12 +202,12 @@ __device__ __forceinline__ void few(const FewArgs& a) {
         }
         await_inputs();
     }
-    const X* x[COLUMNS];
+    const bf16* x[COLUMNS];
 #pragma unroll
     for (int c = 0; c < COLUMNS; ++c) {
         const u32 i = min(tile.first + c * 8 + group, tile.last - 1);
         const u32 row = EXPERTS && a.sorted ? a.sorted[i] / a.top_k : i;
-        x[c] = (const X*)a.x + (u64)row * a.ldx + part * LANE;
+        x[c] = (const bf16*)a.x + (u64)row * a.ldx + part * LANE;
     }
     float acc[TILES][COLUMNS][4] = {};
     for (u32 first = warp; first < steps; first += warps * AHEAD) {
@@ -290,7 +282,7 @@ __device__ __forceinline__ void few(const FewArgs& a) {
                 value = silu(sum(r, t) * row_scale(of_expert + j)) *
                         (sum(16 + r, t) * row_scale(of_expert + a.n + j));
             }
-            narrow(value, ((X*)a.out)[at]);
+            ((bf16*)a.out)[at] = to_bf16(value);
         } else if (j < a.n) {
             const float bias = a.bias ? a.bias[j] : 0.0f;
             ((float*)a.out)[at] = sum(r, t) * row_scale(of_expert + j) + bias;
@@ -301,26 +293,22 @@ __device__ __forceinline__ void few(const FewArgs& a) {
 // Blocks of so many warps for which there are registers.
 #define LEAST(TILES, COLUMNS) \
     (COLUMNS == 1 ? 1 + TILES : COLUMNS == 2 ? 4 - TILES : COLUMNS == 4 ? 3 - TILES : 1)
-#define FEW(NAME, X, TILES, COLUMNS, GATED, EXPERTS)                                     \
+#define FEW(NAME, TILES, COLUMNS, GATED, EXPERTS)                                     \
     extern "C" __global__ void __launch_bounds__(32 * MOST_WARPS(TILES, COLUMNS),        \
                                                  LEAST(TILES, COLUMNS)) NAME(const FewArgs a) { \
-        few<X, TILES, COLUMNS, GATED, EXPERTS>(a);                                       \
+        few<TILES, COLUMNS, GATED, EXPERTS>(a);                                       \
     }
-FEW(linear_f32, float, 1, 1, false, false)
-FEW(linear_8, bf16, 1, 1, false, false)
-FEW(linear_16, bf16, 1, 2, false, false)
-FEW(linear_32, bf16, 1, 4, false, false)
-FEW(linear_64, bf16, 2, 8, false, false)
-FEW(gated_f32, float, 2, 1, true, false)
-FEW(gated_8, bf16, 2, 1, true, false)
-FEW(gated_16, bf16, 2, 2, true, false)
-FEW(gated_32, bf16, 2, 4, true, false)
-FEW(gated_64, bf16, 2, 8, true, false)
-FEW(expert_linear_f32, float, 1, 1, false, true)
-FEW(expert_linear_8, bf16, 1, 1, false, true)
-FEW(expert_linear_16, bf16, 1, 2, false, true)
-FEW(expert_linear_32, bf16, 1, 4, false, true)
-FEW(expert_gated_f32, float, 2, 1, true, true)
-FEW(expert_gated_8, bf16, 2, 1, true, true)
-FEW(expert_gated_16, bf16, 2, 2, true, true)
-FEW(expert_gated_32, bf16, 2, 4, true, true)
+FEW(linear_8, 1, 1, false, false)
+FEW(linear_16, 1, 2, false, false)
+FEW(linear_32, 1, 4, false, false)
+FEW(linear_64, 2, 8, false, false)
+FEW(gated_8, 2, 1, true, false)
+FEW(gated_16, 2, 2, true, false)
+FEW(gated_32, 2, 4, true, false)
+FEW(gated_64, 2, 8, true, false)
+FEW(expert_linear_8, 1, 1, false, true)
+FEW(expert_linear_16, 1, 2, false, true)
+FEW(expert_linear_32, 1, 4, false, true)
+FEW(expert_gated_8, 2, 1, true, true)
+FEW(expert_gated_16, 2, 2, true, true)
+FEW(expert_gated_32, 2, 4, true, true)

@@ -49,8 +49,16 @@ pub(crate) fn mlp(b: &CudaBackend, w: &Mlp<Weight>, s: &mut Scratch<Tensor>) -> 
     let workspaces = &mut *b.workspaces();
     if is_few {
         s.block_out.resize("mlp", rows)?;
-        let x = b.linear.rows(&b.device, View::from(&normed), &mut workspaces.cast)?;
-        let act = x.alike(&b.device, [rows, s.act.cols()], &mut workspaces.act)?;
+        let (x, inter) = (View::from(&normed), s.act.cols());
+        let ld = inter.next_multiple_of(8);
+        let ptr = workspaces.act.reserve(&b.device, 4 * rows * ld)?;
+        let act = View { ptr, rows, cols: inter, ld: ld as u32 };
+        if b.linear.packed.takes(x, &w.gate_up_proj) && b.linear.packed.takes(act, &w.down_proj) {
+            b.linear.packed.gated(&b.device, x, &w.gate_up_proj, act)?;
+            return b.linear.packed.linear(&b.device, act, &w.down_proj, None, s.block_out.ptr());
+        }
+        let x = b.linear.cast(&b.device, x, &mut workspaces.cast)?;
+        let act = Operand { ptr, rows, ld: ld as u32 };
         b.linear.few.gated(&b.device, x, &w.gate_up_proj, act)?;
         return b.linear.few.linear(&b.device, act, &w.down_proj, None, s.block_out.ptr());
     }

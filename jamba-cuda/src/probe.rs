@@ -1,22 +1,26 @@
 //! What the card does now, to set a model's speed against.
-#![allow(unsafe_code, reason = "calls cuBLASLt")]
+#![allow(unsafe_code, reason = "launches a kernel, calls cuBLASLt")]
 
 use crate::backend::CudaBackend;
-use crate::device::{Device, driver_error};
+use crate::device::{Device, Grid, driver_error};
 use crate::error::Result;
+use crate::kernels::Unit;
+use crate::ops;
 use crate::ops::cublas::{CublasLt, Product};
 use crate::options::{Precision, element_bytes};
 
 /// Rows and columns of the operands of the product.
 const SIDE: usize = 8192;
-/// Bytes copied at a time.
-const COPY: usize = 2 << 30;
+/// Bytes read or copied at a time.
+const BYTES: usize = 2 << 30;
 const REPEATS: usize = 8;
 
 /// Ceilings of the card, measured.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Probe {
+    /// Reading 2 GiB of the device's memory, in 10^9 bytes a second.
+    pub read_gb_per_s: f64,
     /// A copy of 2 GiB within the device, bytes read plus bytes written, in 10^9 bytes a second.
     pub copy_gb_per_s: f64,
     /// A product of two 8192 x 8192 matrices of random bf16, in 10^12 operations a second.
@@ -35,6 +39,18 @@ pub fn memory_used(ordinal: usize) -> Result<u64> {
     Ok((total - free) as u64)
 }
 
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ReadArgs {
+    x: u64,
+    out: u64,
+    n: u64,
+}
+
+pub(crate) fn unit() -> Unit {
+    ops::plain("probe", include_str!("../kernels/probe.cu"))
+}
+
 impl CudaBackend {
     /// Measures the card: the median of a few repeats. Takes 4 GiB of its memory meanwhile.
     ///
@@ -42,12 +58,20 @@ impl CudaBackend {
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory), [`Error::Driver`](crate::Error::Driver).
     pub fn probe(&self) -> Result<Probe> {
         let device = &*self.device;
-        let copy = {
-            let (from, mut to) = (device.alloc(COPY)?, device.alloc(COPY)?);
-            median_seconds(device, || device.copy(&from, &mut to, COPY))?
-        };
+        let (from, mut to) = (device.alloc(BYTES)?, device.alloc(BYTES)?);
+        let copy = median_seconds(device, || device.copy(&from, &mut to, BYTES))?;
+        let module = self.loader.module(&unit())?;
+        let kernel = module.kernel("read")?;
+        let args = ReadArgs { x: from.ptr(), out: to.ptr(), n: BYTES as u64 / 16 };
+        let read = median_seconds(device, || {
+            let grid = Grid::new("read", [4 * device.multiprocessors(), 1, 1], 512, 0)?;
+            // SAFETY: x has n words of 16 bytes, out more than one of 4.
+            unsafe { device.launch(&kernel, &grid, &args) }
+        })?;
+        drop((from, to));
         Ok(Probe {
-            copy_gb_per_s: 2.0 * COPY as f64 / copy / 1e9,
+            read_gb_per_s: BYTES as f64 / read / 1e9,
+            copy_gb_per_s: 2.0 * BYTES as f64 / copy / 1e9,
             bf16_tflop_per_s: products(device, Precision::Bf16)? / 1e12,
             f32_tflop_per_s: products(device, Precision::F32)? / 1e12,
         })

@@ -21,7 +21,7 @@ use crate::tensor::Tensor;
 use crate::weight::Weight;
 
 /// Graphs of a state at most; the one that was used longest ago makes room.
-const KEPT: usize = 64;
+const KEPT: usize = 256;
 
 /// The decode steps that were met, and their graphs.
 #[derive(Default)]

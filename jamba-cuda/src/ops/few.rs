@@ -6,18 +6,13 @@ use jamba_core::shape::Shaped;
 use jamba_core::{Result, Role, WeightFormat};
 
 use super::linear::Operand;
-use super::workspace::Workspace;
 use crate::device::{Device, Grid, Kernel};
 use crate::kernels::{Loader, Unit};
 use crate::options::Precision;
-use crate::tensor::View;
 use crate::weight::{self, Matrix, Weight};
 
 /// Rows of x up to which each weight is read once.
 pub(crate) const FEW_ROWS: usize = 64;
-
-/// Rows of x up to which it is taken in f32.
-pub(crate) const F32_ROWS: usize = 8;
 
 /// Bytes of a matrix that are brought to the L2 cache, more of which gains nothing, while
 /// kernels before the product still run.
@@ -31,22 +26,35 @@ pub(super) fn units(precision: Precision, format: WeightFormat) -> Vec<Unit> {
     packings(precision, format).into_iter().map(unit).collect()
 }
 
-fn unit(packing: Packing) -> Unit {
-    let number = match packing {
-        Packing::Int8Row => 1,
-        Packing::Int8Block => 2,
-        Packing::Int4Block => 3,
-    };
-    let defines = vec![("PACKING", number)];
+/// PACKING of the sources.
+pub(super) fn number(packing: Option<Packing>) -> usize {
+    match packing {
+        None => 0,
+        Some(Packing::Int8Row) => 1,
+        Some(Packing::Int8Block) => 2,
+        Some(Packing::Int4Block) => 3,
+    }
+}
+
+/// There are no kernels for such a matrix.
+pub(super) fn unknown(packing: Option<Packing>) -> jamba_core::Error {
+    let what = format!("products with weights kept as {packing:?}, which its format has not");
+    jamba_core::Error::Unsupported { backend: "cuda", what }
+}
+
+fn unit(packing: Option<Packing>) -> Unit {
+    let defines = vec![("PACKING", number(packing))];
     Unit { stem: "few", source: include_str!("../../kernels/few.cu"), defines }
 }
 
-/// Everything that a quantised matrix may be in this format.
-fn packings(precision: Precision, format: WeightFormat) -> Vec<Packing> {
+/// Everything that a matrix may be in this format; `None` is bf16.
+pub(super) fn packings(precision: Precision, format: WeightFormat) -> Vec<Option<Packing>> {
     let mut packings = Vec::new();
     for role in [Role::Head, Role::Linear, Role::Experts, Role::Mlp] {
         let packing = weight::packing(role, precision, format);
-        packings.extend(packing.filter(|packing| !packings.contains(packing)));
+        if precision == Precision::Bf16 && !packings.contains(&packing) {
+            packings.push(packing);
+        }
     }
     packings
 }
@@ -73,72 +81,6 @@ struct FewArgs {
     ahead: u32,
 }
 
-/// Rows of x: up to [`F32_ROWS`] in f32, aligned and of a multiple of 8 columns, or up to
-/// [`FEW_ROWS`] in bf16.
-#[derive(Clone, Copy)]
-pub(crate) enum Rows {
-    F32(View),
-    Bf16(Operand),
-}
-
-impl Rows {
-    /// `x` as it is, if it can be taken so.
-    pub(crate) fn f32(x: View) -> Option<Self> {
-        (x.rows <= F32_ROWS && x.aligned() && x.cols.is_multiple_of(8)).then_some(Self::F32(x))
-    }
-
-    /// Address of the first row.
-    pub(crate) fn ptr(self) -> u64 {
-        match self {
-            Self::F32(x) => x.ptr,
-            Self::Bf16(x) => x.ptr,
-        }
-    }
-
-    /// Elements from one row to the next.
-    pub(crate) fn ld(self) -> u32 {
-        match self {
-            Self::F32(x) => x.ld,
-            Self::Bf16(x) => x.ld,
-        }
-    }
-
-    /// Memory for other rows, of so many columns up to the next multiple of 8, of the same type.
-    pub(crate) fn alike(
-        self,
-        device: &Device,
-        [rows, cols]: [usize; 2],
-        workspace: &mut Workspace,
-    ) -> Result<Self> {
-        let ld = cols.next_multiple_of(8);
-        Ok(match self {
-            Self::F32(_) => {
-                let ptr = workspace.reserve(device, 4 * rows * ld)?;
-                Self::F32(View { ptr, rows, cols, ld: ld as u32 })
-            }
-            Self::Bf16(_) => {
-                let ptr = workspace.reserve(device, 2 * rows * ld)?;
-                Self::Bf16(Operand { ptr, rows, ld: ld as u32 })
-            }
-        })
-    }
-
-    fn len(self) -> usize {
-        match self {
-            Self::F32(x) => x.rows,
-            Self::Bf16(x) => x.rows,
-        }
-    }
-
-    /// Which of the kernels takes so many rows at a time.
-    fn variant(self, rows: usize) -> usize {
-        match self {
-            Self::F32(_) => 0,
-            Self::Bf16(_) => 1 + rows.div_ceil(8).next_power_of_two().ilog2() as usize,
-        }
-    }
-}
-
 /// The entries of the experts.
 #[derive(Clone, Copy)]
 pub(crate) struct Entries {
@@ -158,9 +100,8 @@ impl Entries {
     }
 
     /// Entries of a tile: what most experts have.
-    fn tile(&self, x: Rows) -> usize {
+    fn tile(&self) -> usize {
         match self.count / self.experts.max(1) {
-            _ if matches!(x, Rows::F32(_)) => 8,
             0..=4 => 8,
             5..=10 => 16,
             _ => MOST_ENTRIES,
@@ -178,7 +119,7 @@ struct Variant {
 }
 
 struct Kernels {
-    packing: Packing,
+    packing: Option<Packing>,
     linear: Vec<Variant>,
     gated: Vec<Variant>,
     expert_linear: Vec<Variant>,
@@ -197,8 +138,8 @@ impl Few {
         let load = |packing| {
             let module = loader.module(&unit(packing))?;
             // TILES and COLUMNS of few.cu.
-            let variants = |names: &[&'static str], tiles: [usize; 5], is_gated: bool| {
-                let columns = [1, 1, 2, 4, 8];
+            let variants = |names: &[&'static str], tiles: [usize; 4], is_gated: bool| {
+                let columns = [1, 2, 4, 8];
                 let variant = |(name, (tiles, columns)): (&&'static str, (usize, usize))| {
                     let kernel = module.overlapping(name)?;
                     let (rows, rows_of_w) = if is_gated { (16, 2) } else { (16 * tiles, 1) };
@@ -212,18 +153,16 @@ impl Few {
                 let sizes = tiles.into_iter().zip(columns);
                 names.iter().zip(sizes).map(variant).collect::<crate::Result<Vec<_>>>()
             };
-            let linear = ["linear_f32", "linear_8", "linear_16", "linear_32", "linear_64"];
-            let gated = ["gated_f32", "gated_8", "gated_16", "gated_32", "gated_64"];
-            let expert_linear =
-                ["expert_linear_f32", "expert_linear_8", "expert_linear_16", "expert_linear_32"];
-            let expert_gated =
-                ["expert_gated_f32", "expert_gated_8", "expert_gated_16", "expert_gated_32"];
+            let linear = ["linear_8", "linear_16", "linear_32", "linear_64"];
+            let gated = ["gated_8", "gated_16", "gated_32", "gated_64"];
+            let expert_linear = ["expert_linear_8", "expert_linear_16", "expert_linear_32"];
+            let expert_gated = ["expert_gated_8", "expert_gated_16", "expert_gated_32"];
             Ok(Kernels {
                 packing,
-                linear: variants(&linear, [1, 1, 1, 1, 2], false)?,
-                gated: variants(&gated, [2; 5], true)?,
-                expert_linear: variants(&expert_linear, [1; 5], false)?,
-                expert_gated: variants(&expert_gated, [2; 5], true)?,
+                linear: variants(&linear, [1, 1, 1, 2], false)?,
+                gated: variants(&gated, [2; 4], true)?,
+                expert_linear: variants(&expert_linear, [1; 4], false)?,
+                expert_gated: variants(&expert_gated, [2; 4], true)?,
             })
         };
         let packings = packings(loader.precision, loader.format).into_iter();
@@ -232,8 +171,9 @@ impl Few {
     }
 
     fn kernels(&self, packing: Option<Packing>) -> Result<&Kernels> {
-        self.kernels.iter().find(|k| Some(k.packing) == packing).ok_or_else(|| {
-            let what = format!("products with weights in {packing:?}, which its format has not");
+        self.kernels.iter().find(|k| k.packing == packing).ok_or_else(|| {
+            let what =
+                format!("products with weights kept as {packing:?}, which its format has not");
             jamba_core::Error::Unsupported { backend: "cuda", what }
         })
     }
@@ -242,7 +182,7 @@ impl Few {
     pub(crate) fn linear(
         &self,
         device: &Device,
-        x: Rows,
+        x: Operand,
         weight: &Weight,
         bias: Option<&Weight>,
         out: u64,
@@ -254,15 +194,21 @@ impl Few {
             ldo: n as u32,
             ..args(x, matrix, [n, k])
         };
-        let variant = &self.kernels(matrix.packing)?.linear[x.variant(x.len())];
+        let variant = &self.kernels(matrix.packing)?.linear[variant(x.rows)];
         self.launch(device, variant, args, None)
     }
 
     /// `out = silu(gate) * up` of `x weight^T = [gate | up]`, with zeros up to the next row.
-    pub(crate) fn gated(&self, device: &Device, x: Rows, weight: &Weight, out: Rows) -> Result<()> {
+    pub(crate) fn gated(
+        &self,
+        device: &Device,
+        x: Operand,
+        weight: &Weight,
+        out: Operand,
+    ) -> Result<()> {
         let ([n, k], matrix) = (weight.shape(), weight.matrix()?);
-        let args = FewArgs { out: out.ptr(), ldo: out.ld(), ..args(x, matrix, [n / 2, k]) };
-        let variant = &self.kernels(matrix.packing)?.gated[x.variant(x.len())];
+        let args = FewArgs { out: out.ptr, ldo: out.ld, ..args(x, matrix, [n / 2, k]) };
+        let variant = &self.kernels(matrix.packing)?.gated[variant(x.rows)];
         self.launch(device, variant, args, None)
     }
 
@@ -271,23 +217,23 @@ impl Few {
     pub(crate) fn expert_gated(
         &self,
         device: &Device,
-        x: Rows,
+        x: Operand,
         weight: &Weight,
         entries: Entries,
-        out: Rows,
+        out: Operand,
     ) -> Result<()> {
         let ([n, k], matrix) = (weight.shape(), weight.matrix()?);
         let n = n / (2 * entries.experts.max(1));
-        let args = FewArgs { out: out.ptr(), ldo: out.ld(), ..args(x, matrix, [n, k]) };
-        let variant = &self.kernels(matrix.packing)?.expert_gated[x.variant(entries.tile(x))];
-        self.launch(device, variant, args, Some((entries, entries.tile(x))))
+        let args = FewArgs { out: out.ptr, ldo: out.ld, ..args(x, matrix, [n, k]) };
+        let variant = &self.kernels(matrix.packing)?.expert_gated[variant(entries.tile())];
+        self.launch(device, variant, args, Some((entries, entries.tile())))
     }
 
     /// `out (entries, n)` = the product of each sorted entry, a row of x, with its expert's matrix.
     pub(crate) fn expert_linear(
         &self,
         device: &Device,
-        x: Rows,
+        x: Operand,
         weight: &Weight,
         entries: Entries,
         out: u64,
@@ -295,8 +241,8 @@ impl Few {
         let ([n, k], matrix) = (weight.shape(), weight.matrix()?);
         let n = n / entries.experts.max(1);
         let args = FewArgs { out, ldo: n as u32, ..args(x, matrix, [n, k]) };
-        let variant = &self.kernels(matrix.packing)?.expert_linear[x.variant(entries.tile(x))];
-        self.launch(device, variant, args, Some((entries, entries.tile(x))))
+        let variant = &self.kernels(matrix.packing)?.expert_linear[variant(entries.tile())];
+        self.launch(device, variant, args, Some((entries, entries.tile())))
     }
 
     fn launch(
@@ -339,15 +285,20 @@ impl Few {
     }
 }
 
-fn args(x: Rows, matrix: Matrix, [n, k]: [usize; 2]) -> FewArgs {
+/// Which of the kernels takes so many rows at a time.
+fn variant(rows: usize) -> usize {
+    rows.div_ceil(8).next_power_of_two().ilog2() as usize
+}
+
+fn args(x: Operand, matrix: Matrix, [n, k]: [usize; 2]) -> FewArgs {
     FewArgs {
-        x: x.ptr(),
+        x: x.ptr,
         w: matrix.ptr,
         scales: matrix.scales,
-        rows: x.len() as u32,
+        rows: x.rows as u32,
         n: n as u32,
         k: k as u32,
-        ldx: x.ld(),
+        ldx: x.ld,
         stride: matrix.stride as u32,
         scale_stride: matrix.scale_stride as u32,
         ..FewArgs::default()

@@ -1,4 +1,5 @@
-//! Launches `kernels/linear.cu` and `kernels/few.cu`, and cuBLASLt for more than a few rows.
+//! Launches `kernels/linear.cu`, `kernels/packed.cu` and `kernels/few.cu`, and cuBLASLt for more
+//! than a few rows.
 #![allow(unsafe_code, reason = "launches kernels")]
 
 use std::sync::{Mutex, PoisonError};
@@ -7,7 +8,8 @@ use jamba_core::Result;
 use jamba_core::shape::Shaped;
 
 use super::cublas::{CublasLt, Product};
-use super::few::{FEW_ROWS, Few, Rows};
+use super::few::{FEW_ROWS, Few};
+use super::packed::Packed;
 use super::quant::Quant;
 use super::workspace::{Workspace, Workspaces};
 use crate::device::{Device, Grid, Kernel};
@@ -20,7 +22,7 @@ use crate::weight::{Weight, element, padded};
 const DENSE_ROWS: usize = 8;
 
 /// Bytes of the workspace for dequantised weights, unless a single expert takes more.
-pub(crate) const DENSE_BYTES: usize = 256 << 20;
+pub(crate) const DENSE_BYTES: usize = 512 << 20;
 
 pub(super) fn unit() -> Unit {
     super::plain("linear", include_str!("../../kernels/linear.cu"))
@@ -75,6 +77,7 @@ pub(crate) struct Linear {
     /// Of weights that are not quantised.
     dense: Dense,
     /// Of those that are.
+    pub(crate) packed: Packed,
     pub(crate) few: Few,
     pub(crate) quant: Quant,
     cast_bf16: Kernel,
@@ -108,6 +111,7 @@ impl Linear {
         };
         Ok(Self {
             dense,
+            packed: Packed::load(loader)?,
             few: Few::load(loader)?,
             quant: Quant::load(loader)?,
             cast_bf16: module.overlapping("cast_bf16")?,
@@ -133,8 +137,11 @@ impl Linear {
         if weight.packing().is_none() && x.rows <= DENSE_ROWS {
             return self.dense.few((device, self.precision), x, weight, bias, out);
         }
+        if self.packed.takes(x, weight) {
+            return self.packed.linear(device, x, weight, bias, out.ptr());
+        }
         if weight.packing().is_some() && x.rows <= FEW_ROWS {
-            let x = self.rows(device, x, &mut w.cast)?;
+            let x = self.cast(device, x, &mut w.cast)?;
             return self.few.linear(device, x, weight, bias, out.ptr());
         }
         if self.precision == Precision::F32 {
@@ -163,14 +170,6 @@ impl Linear {
         })
     }
 
-    /// Few rows as [`Few`] takes them.
-    pub(crate) fn rows(&self, device: &Device, x: View, cast: &mut Workspace) -> Result<Rows> {
-        match Rows::f32(x) {
-            Some(x) => Ok(x),
-            None => Ok(Rows::Bf16(self.cast(device, x, cast)?)),
-        }
-    }
-
     /// Whether so many rows are a product of cuBLASLt, of operands in bf16.
     pub(crate) fn rounds(&self, rows: usize, weight: &Weight) -> bool {
         let few = if weight.packing().is_some() { FEW_ROWS } else { DENSE_ROWS };
@@ -190,7 +189,8 @@ impl Linear {
         let [n, _] = weight.shape();
         self.matmul(device, x, weight, dense, (out.ptr(), false))?;
         let Some(bias) = bias else { return Ok(()) };
-        let grid = Grid::new("add_bias", [x.rows, 1, 1], 256, 0)?;
+        let grid =
+            Grid::new("add_bias", [x.rows, 1, 1], 256, 0)?.doing(4 * (2 * x.rows + 1) * n, 0);
         let args = BiasArgs { out: out.ptr(), bias: bias.vector()?, n: n as u32 };
         // SAFETY: out is (rows, n) and the bias has n elements.
         unsafe { device.launch(&self.add_bias, &grid, &args) }?;
@@ -247,7 +247,8 @@ impl Linear {
     ) -> Result<Operand> {
         let ldo = x.cols.next_multiple_of(8);
         let out = workspace.reserve(device, 2 * x.rows * ldo)?;
-        let grid = Grid::new("cast_bf16", [x.rows, ldo.div_ceil(2048), 1], 256, 0)?;
+        let grid = Grid::new("cast_bf16", [x.rows, ldo.div_ceil(2048), 1], 256, 0)?
+            .doing(x.rows * (4 * x.cols + 2 * ldo), 0);
         let args = CastArgs { x: x.ptr, out, k: x.cols as u32, ldx: x.ld, ldo: ldo as u32 };
         // SAFETY: x is as its view says, and the workspace has (rows, ldo) elements.
         unsafe { device.launch(&self.cast_bf16, &grid, &args) }?;

@@ -18,6 +18,7 @@ pub(crate) mod grouped;
 pub(crate) mod linear;
 pub(crate) mod moe;
 pub(crate) mod norm;
+pub(crate) mod packed;
 pub(crate) mod quant;
 pub(crate) mod rows;
 pub(crate) mod sample;
@@ -30,6 +31,7 @@ use jamba_core::WeightFormat;
 
 use crate::kernels::Unit;
 use crate::options::Precision;
+use crate::probe;
 
 /// The sources that do not depend on the sizes of a model.
 pub(crate) fn units(precision: Precision, format: WeightFormat) -> Vec<Unit> {
@@ -39,16 +41,18 @@ pub(crate) fn units(precision: Precision, format: WeightFormat) -> Vec<Unit> {
         embed::unit(),
         linear::unit(),
         norm::unit(),
+        probe::unit(),
         quant::unit(),
         rows::unit(),
         sample::unit(),
     ];
     units.extend(moe::units());
     units.extend(few::units(precision, format));
+    units.extend(packed::units(precision, format));
     units
 }
 
 /// A unit without sizes.
-fn plain(stem: &'static str, source: &'static str) -> Unit {
+pub(crate) fn plain(stem: &'static str, source: &'static str) -> Unit {
     Unit { stem, source, defines: Vec::new() }
 }

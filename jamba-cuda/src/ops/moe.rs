@@ -1,14 +1,15 @@
-//! Launches `kernels/moe.cu`, `kernels/moe_tiles.cu`, and `kernels/grouped.cu` and `kernels/few.cu`
-//! for experts.
+//! Launches `kernels/moe.cu`, `kernels/moe_tiles.cu`, and `kernels/grouped.cu`, `kernels/few.cu` and
+//! `kernels/packed.cu` for experts.
 #![allow(unsafe_code, reason = "launches kernels")]
 
 use jamba_core::Result;
 use jamba_core::shape::Shaped;
 use jamba_core::weights::Moe;
 
-use super::few::{Entries, F32_ROWS, Rows};
+use super::few::Entries;
 use super::grouped::{Grouped, Groups, Matrices};
 use super::linear::{Linear, Operand};
+use super::packed::Chosen;
 use super::workspace::{Workspace, Workspaces};
 use crate::device::{Device, Grid, Kernel};
 use crate::error::Error;
@@ -195,7 +196,7 @@ pub(crate) fn workspace_bytes(
         Precision::F32 => entries.saturating_mul(4 * inter.next_multiple_of(4)),
     };
     // Few tokens have their activations in f32.
-    let few = 4 * entries.min(F32_ROWS * top_k) * inter.next_multiple_of(8);
+    let few = 4 * entries.min(FEW_TOKENS * top_k) * inter.next_multiple_of(8);
     let routes = entries.saturating_mul(16).saturating_add(4 * (experts + 1));
     [routes, act.max(few), entries.saturating_mul(4 * hidden)]
 }
@@ -271,20 +272,42 @@ impl Experts {
         self.route(device, s, router_logits, routes)?;
         let is_packed = weights.gate_up_proj.packing().is_some();
         if let Tokens::Wide(x) = x
-            && !is_packed
             && tokens <= FEW_TOKENS
         {
-            let device = (device, element_bytes(self.precision));
-            return rows(&self.rows, device, s, routes, x, weights, act, out);
+            if !is_packed {
+                let device = (device, element_bytes(self.precision));
+                return rows(&self.rows, device, s, routes, x, weights, act, out);
+            }
+            let act = View { ptr: act, rows: entries, cols: inter, ld: inter as u32 };
+            if linear.packed.takes(x, &weights.gate_up_proj)
+                && linear.packed.takes(View { rows: 1, ..act }, &weights.down_proj)
+                && inter >= 4
+                && hidden >= 4
+            {
+                let Routes { expert, p, .. } = routes;
+                let chosen = Chosen { experts, top_k, tokens, expert, p };
+                linear.packed.expert_gated(device, x, &weights.gate_up_proj, chosen, act)?;
+                return linear.packed.expert_down(
+                    device,
+                    act,
+                    &weights.down_proj,
+                    chosen,
+                    out.ptr(),
+                );
+            }
         }
         self.sort(device, s, routes)?;
         let y = workspaces.expert_out.reserve(device, bytes[2])?;
-        if is_packed && Entries::are_few(entries, experts) {
+        let is_few = match is_packed {
+            true => Entries::are_few(entries, experts),
+            false => self.precision == Precision::Bf16 && entries < GROUPED_ENTRIES * experts,
+        };
+        if is_few {
             let x = match x {
-                Tokens::Wide(x) => linear.rows(device, x, &mut workspaces.cast)?,
-                Tokens::Rounded(x) => Rows::Bf16(x),
+                Tokens::Wide(x) => linear.cast(device, x, &mut workspaces.cast)?,
+                Tokens::Rounded(x) => x,
             };
-            self.few(device, linear, s, routes, x, weights, (&mut workspaces.act, y))?;
+            self.few(device, linear, s, routes, x, weights, (act, y))?;
             return self.combine(device, s, routes, y, out);
         }
         let dense = &mut workspaces.dense;
@@ -310,7 +333,8 @@ impl Experts {
 
     /// The entries of every token: experts and their weights.
     fn route(&self, device: &Device, s: Sizes, logits: &Tensor, routes: Routes) -> Result<()> {
-        let grid = Grid::new("moe_route", [s.tokens.div_ceil(4), 1, 1], 128, 0)?;
+        let grid = Grid::new("moe_route", [s.tokens.div_ceil(4), 1, 1], 128, 0)?
+            .doing(4 * (s.tokens * s.experts + 2 * s.entries), 0);
         let args = RouteArgs {
             logits: logits.ptr(),
             expert: routes.expert,
@@ -326,7 +350,8 @@ impl Experts {
     }
 
     fn sort(&self, device: &Device, s: Sizes, routes: Routes) -> Result<()> {
-        let grid = Grid::new("moe_sort", [s.experts, 1, 1], 256, 0)?;
+        let grid = Grid::new("moe_sort", [s.experts, 1, 1], 256, 0)?
+            .doing(4 * (3 * s.entries + s.experts + 1), 0);
         let args = SortArgs {
             expert: routes.expert,
             start: routes.start,
@@ -365,13 +390,13 @@ impl Experts {
         linear: &Linear,
         s: Sizes,
         routes: Routes,
-        x: Rows,
+        x: Operand,
         weights: &Moe<Weight>,
-        (act, y): (&mut Workspace, u64),
+        (act, y): (u64, u64),
     ) -> Result<()> {
         let &Sizes { experts, top_k, entries: count, inter, .. } = &s;
         let entries = Entries { experts, top_k, count, start: routes.start, sorted: routes.sorted };
-        let act = x.alike(device, [count, inter], act)?;
+        let act = Operand { ptr: act, rows: count, ld: inter.next_multiple_of(8) as u32 };
         linear.few.expert_gated(device, x, &weights.gate_up_proj, entries, act)?;
         let entries = Entries { sorted: 0, ..entries };
         linear.few.expert_linear(device, act, &weights.down_proj, entries, y)

@@ -22,6 +22,8 @@ fn configs() -> Vec<(&'static str, Config)> {
     wide.mamba_d_conv = 65;
     wide.head_dim = 256;
     vec![
+        ("jamba-v0.1", preset("jamba-v0.1")),
+        ("jamba-1.5-large", preset("jamba-1.5-large")),
         ("jamba-reasoning-3b", preset("jamba-reasoning-3b")),
         ("jamba-tales-11m", preset("jamba-tales-11m")),
         ("odd", odd),
