@@ -9,7 +9,7 @@ use jamba_core::weights::ParamSpec;
 use jamba_core::{
     Batch, Config, Dtype, GenerateOptions, HostTensor, LanguageModel, Limits, Model, ModelRunner,
     Outputs, Param, ParamSource, Role, Runner, Sampling, SessionOptions, StatePart, Tokenizer,
-    generate,
+    WeightFormat, generate,
 };
 use jamba_cpu::{CpuBackend, ReferenceBackend};
 use jamba_cuda::{CudaBackend, Precision};
@@ -17,13 +17,15 @@ use jamba_tests::lockstep::{Layers, lockstep};
 use jamba_tests::tolerance::tolerance;
 use libtest_mimic::{Failed, Trial};
 
-use crate::support::{check, close, guarded, law, of_table, random, root, small, text};
+use crate::support::{
+    check, close, guarded, guarded_with, law, of_table, random, root, small, text,
+};
 
 pub(crate) fn trials(precision: Precision) -> Vec<Trial> {
     let trial = |name, run: fn(CudaBackend) -> Result<(), Failed>| {
         Trial::test(format!("{precision:?}::models::{name}"), move || guarded(precision, run))
     };
-    vec![
+    let mut trials = vec![
         trial("edges", edges),
         trial("stored", stored),
         trial("prompts", prompts),
@@ -31,7 +33,13 @@ pub(crate) fn trials(precision: Precision) -> Vec<Trial> {
         trial("copied", copied),
         trial("demo", demo),
         trial("text", demo_text),
-    ]
+    ];
+    if precision == Precision::Bf16 {
+        let format = WeightFormat::ExpertsInt8;
+        let name = format!("{precision:?}::{format}::models::longest");
+        trials.push(Trial::test(name, move || guarded_with(precision, format, longest)));
+    }
+    trials
 }
 
 /// The largest sizes that kernels are made for, layer by layer against the reference.
@@ -187,6 +195,22 @@ fn long(backend: CudaBackend) -> Result<(), Failed> {
             close(&name, &last_logits(&model, &tokens, chunk)?, &whole, &law(precision))?;
         println!("{name}: element {element:.1e}, rms {rms:.1e}");
     }
+    Ok(())
+}
+
+/// The longest context of the published models, with experts that are quantised.
+fn longest(backend: CudaBackend) -> Result<(), Failed> {
+    let precision = backend.precision();
+    let mut config = small();
+    (config.num_experts, config.num_experts_per_tok) = (4, 2);
+    // All experts are chosen by the same right, so that what is rounded does not choose others.
+    let model = Model::new(config, &Unambiguous { chooses: true }, backend)?;
+    let tokens = text(17, 1 << 18, 1000);
+    let whole = last_logits(&model, &tokens, 8192)?;
+    let name = format!("{precision:?}: 262144 tokens in chunks of 5000, not 8192");
+    let (element, rms) =
+        close(&name, &last_logits(&model, &tokens, 5000)?, &whole, &law(precision))?;
+    println!("{name}: element {element:.1e}, rms {rms:.1e}");
     Ok(())
 }
 

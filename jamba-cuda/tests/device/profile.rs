@@ -13,7 +13,11 @@ pub(crate) fn trials(precision: Precision) -> Vec<Trial> {
     let trial = |name, run: fn(CudaBackend) -> Result<(), Failed>| {
         Trial::test(format!("{precision:?}::profile::{name}"), move || guarded(precision, run))
     };
-    vec![trial("of_a_step", of_a_step), trial("of_a_failure", of_a_failure)]
+    vec![
+        trial("of_a_step", of_a_step),
+        trial("of_experts", of_experts),
+        trial("of_a_failure", of_a_failure),
+    ]
 }
 
 const LIMITS: Limits = Limits { slots: 1, context: 64, tokens: 16, outputs: 1 };
@@ -99,6 +103,26 @@ fn of_a_step(backend: CudaBackend) -> Result<(), Failed> {
     }
     let told = kernels.iter().all(|kernel| kernel.bytes > 0.0);
     check(told, format!("bytes that are not told: {kernels:?}"))
+}
+
+/// Every kernel of a step with experts tells its bytes: of one token, of few and of a prompt.
+fn of_experts(backend: CudaBackend) -> Result<(), Failed> {
+    let mut config = small();
+    (config.num_experts, config.num_experts_per_tok) = (4, 2);
+    let model = random(config, 2, backend)?;
+    let limits = Limits { slots: 1, context: 512, tokens: 300, outputs: 1 };
+    let mut runner = jamba_core::ModelRunner::new(model, limits)?;
+    let mut position = 0;
+    for tokens in [1, 5, 300] {
+        let ids: Vec<u32> = (0..tokens).collect();
+        let kernels = profile(|| runner.step(&Batch::single(0, position, &ids, Outputs::Last)))?;
+        position += ids.len();
+        let (routes, _) = of(&kernels, &["moe_route"]);
+        check(routes == 2, format!("{routes} routes of two layers: {kernels:?}"))?;
+        let untold: Vec<_> = kernels.iter().filter(|kernel| kernel.bytes == 0.0).collect();
+        check(untold.is_empty(), format!("{tokens} tokens, bytes that are not told: {untold:?}"))?;
+    }
+    Ok(())
 }
 
 /// What fails tells its error, and the next profile begins anew.

@@ -165,12 +165,12 @@ fn decode_as_prompt(backend: CudaBackend) -> Result<(), Failed> {
 fn many_graphs(backend: CudaBackend) -> Result<(), Failed> {
     let model = random(small(), 6, backend)?;
     let vocab_size = model.config().vocab_size;
-    let slots = 70;
-    let limits = Limits { slots, context: 512, tokens: slots, outputs: slots };
+    let slots = 262;
+    let limits = Limits { slots, context: 1024, tokens: slots, outputs: slots };
     let (mut graph, mut eager) = (By::new(&model, &limits)?, By::new(&model, &limits)?);
     let mut lengths = vec![0; slots];
     let all: Vec<usize> = (0..slots).collect();
-    let counts = (1..=slots).chain(60..=slots).chain(1..=slots).chain([1, 1, 2, 1]);
+    let counts = (1..=slots).chain(250..=slots).chain(1..=slots).chain([1, 1, 2, 1]);
     for (seed, n) in counts.enumerate() {
         let batch = decode(&mut lengths, &all[..n], seed, vocab_size);
         let got = graph.step(&model, &batch, false)?;
