@@ -102,10 +102,12 @@ mod tests {
         assert_eq!(kv_bytes(&jamba, CONTEXT, 2), 4 * GIB);
 
         // The other rows, as models of this architecture with attention in every layer.
-        let every_layer = Config { attn_layer_period: 1, attn_layer_offset: 0, ..jamba };
-        assert_eq!(kv_bytes(&every_layer, CONTEXT, 2), 32 * GIB, "Mistral and Mixtral");
-        let all_heads = Config { num_key_value_heads: 32, ..every_layer };
+        let mixtral = preset("mixtral-8x7b");
+        assert_eq!(kv_bytes(&mixtral, CONTEXT, 2), 32 * GIB, "Mistral and Mixtral");
+        assert_eq!(mamba_state_bytes(&mixtral, 4), 0);
+        let all_heads = Config { num_key_value_heads: 32, ..mixtral };
         assert_eq!(kv_bytes(&all_heads, CONTEXT, 2), 128 * GIB, "Llama-2 7B");
+        assert_eq!(kv_bytes_per_token(&preset("llama-2-70b"), 2), 320 * 1024);
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! The published models by name: their shapes without their files, to measure and to plan on.
+//! The published models by name: their shapes without their files, to measure and to plan on; and
+//! those of others to measure beside them.
 
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -59,6 +60,20 @@ const PRESETS: &[Preset] = &[
         aliases: &[],
         about: "11M parameters: the demo model of this project, one block of tiny width",
         config: tales,
+    },
+    Preset {
+        name: "mixtral-8x7b",
+        aliases: &[],
+        about: "46.7B parameters, 12.9B active: attention and 8 experts in every layer (arXiv \
+                2401.04088); without rotary embeddings: a shape to measure beside, not the model",
+        config: mixtral,
+    },
+    Preset {
+        name: "llama-2-70b",
+        aliases: &[],
+        about: "69B parameters, dense: attention in every layer (arXiv 2307.09288); without rotary \
+                embeddings: a shape to measure beside, not the model",
+        config: llama_2_70b,
     },
 ];
 
@@ -179,6 +194,37 @@ fn tales() -> Config {
     }
 }
 
+/// Weights, matrix products, attention and KV cache are those of the published model. Its rotary
+/// embeddings, which this architecture does not have, would cost next to nothing beside them. What is
+/// said of Mamba concerns no layer.
+fn mixtral() -> Config {
+    Config {
+        vocab_size: 32_000,
+        attn_layer_period: 1,
+        attn_layer_offset: 0,
+        expert_layer_period: 1,
+        expert_layer_offset: 0,
+        num_experts: 8,
+        rms_norm_eps: 1e-5,
+        max_position_embeddings: Some(32_768),
+        ..mini()
+    }
+}
+
+/// As [`mixtral`] is.
+fn llama_2_70b() -> Config {
+    Config {
+        hidden_size: 8_192,
+        intermediate_size: 28_672,
+        num_hidden_layers: 80,
+        num_attention_heads: 64,
+        num_experts: 1,
+        num_experts_per_tok: 1,
+        max_position_embeddings: Some(4_096),
+        ..mixtral()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -222,6 +268,8 @@ mod tests {
                 "jamba-v0.1",
                 "jamba2-3b",
                 "jamba2-mini",
+                "llama-2-70b",
+                "mixtral-8x7b",
             ]
         );
     }
@@ -265,11 +313,13 @@ mod tests {
     #[test]
     fn parameter_counts_are_the_published() {
         // In thousands of millions: total, and active where it is published and not the total.
-        let published: [(&str, f64, Option<f64>); 4] = [
+        let published: [(&str, f64, Option<f64>); 6] = [
             ("jamba-v0.1", 51.6, Some(12.0)),
             ("jamba-1.5-large", 398.0, Some(94.0)),
             ("jamba-reasoning-3b", 3.03, None),
             ("block52", 13.3, None),
+            ("mixtral-8x7b", 46.7, Some(12.9)),
+            ("llama-2-70b", 69.0, None),
         ];
         // Published figures are rounded, that of the large model downwards (398.56).
         let close =
@@ -279,8 +329,10 @@ mod tests {
             assert!(close(count.total, total), "{name}: {count:?}");
             assert!(active.is_none_or(|active| close(count.active, active)), "{name}: {count:?}");
         }
-        let dense = ParamCount::new(&dense_3b());
-        assert_eq!(dense.total, dense.active);
+        for dense in [dense_3b(), llama_2_70b()] {
+            let count = ParamCount::new(&dense);
+            assert_eq!(count.total, count.active);
+        }
         // The elements of its model.safetensors.
         assert_eq!(ParamCount::new(&tales()).total, 10_982_480);
     }
