@@ -1,11 +1,12 @@
 //! What a model is made of and what it needs: schedule, parameters, memory by context.
 
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
 use jamba_core::error::escaped;
-use jamba_core::memory::{kv_bytes, mamba_state_bytes, weight_bytes};
+use jamba_core::memory::{kv_bytes, mamba_state_bytes, sequences_that_fit, weight_bytes};
 use jamba_core::preset;
 use jamba_core::schedule::{FeedForwardKind, MixerKind, ParamCount, Schedule};
 use jamba_core::weights::{ParamSpec, Weights};
@@ -26,6 +27,9 @@ struct Args {
     /// Show this context too, in tokens.
     #[arg(long, value_name = "N")]
     context: Option<usize>,
+    /// Show how many sequences fit so much memory, beside the weights.
+    #[arg(long, value_name = "GIB")]
+    memory: Option<NonZeroU32>,
 }
 
 /// Adds a line to a text.
@@ -60,8 +64,12 @@ fn inspect(args: &Args) -> Result<()> {
     sizes(&mut out, &config);
     schedule(&mut out, &config);
     parameters(&mut out, &config);
-    memory(&mut out, &config, args.context);
-    table_1(&mut out, &config);
+    let contexts = contexts(args.context);
+    memory(&mut out, &config, &contexts);
+    if let Some(memory) = args.memory {
+        sequences(&mut out, &config, &contexts, memory.get());
+    }
+    table_1(&mut out, &config)?;
     if let Some(folder) = folder {
         check_weights(&mut out, &config, &folder)?;
     }
@@ -134,7 +142,16 @@ fn parameters(out: &mut String, config: &Config) {
     }
 }
 
-fn memory(out: &mut String, config: &Config, context: Option<usize>) {
+/// The contexts that are shown, ascending.
+fn contexts(context: Option<usize>) -> Vec<usize> {
+    let mut contexts = vec![4 << 10, 32 << 10, 128 << 10, 256 << 10, 1 << 20];
+    contexts.extend(context);
+    contexts.sort_unstable();
+    contexts.dedup();
+    contexts
+}
+
+fn memory(out: &mut String, config: &Config, contexts: &[usize]) {
     line!(out, "\nWeights by format (--quant of the other examples)");
     for format in WeightFormat::ALL {
         let size = weight_bytes(config, format);
@@ -147,11 +164,7 @@ fn memory(out: &mut String, config: &Config, context: Option<usize>) {
     let names = WeightFormat::ALL.map(|format| format!("{:>14}", format.name()));
     line!(out, "\nAll together, by context and format of the weights");
     line!(out, "   Context  KV cache, 16 bit{}", names.concat());
-    let mut contexts = vec![4 << 10, 32 << 10, 128 << 10, 256 << 10, 1 << 20];
-    contexts.extend(context);
-    contexts.sort_unstable();
-    contexts.dedup();
-    for context in contexts {
+    for &context in contexts {
         let kv = kv_bytes(config, context, Dtype::Bf16.size());
         let all = WeightFormat::ALL.map(|format| {
             let all = weight_bytes(config, format).saturating_add(kv).saturating_add(state);
@@ -161,18 +174,44 @@ fn memory(out: &mut String, config: &Config, context: Option<usize>) {
     }
 }
 
-/// Table 1 of arXiv 2403.19887: the KV cache at 256K tokens, 16 bit.
-fn table_1(out: &mut String, config: &Config) {
-    // Layers and key/value width of the models that the paper compares with.
-    let peers =
-        [("Llama-2 7B", 32, 32 * 128), ("Mistral 7B", 32, 8 * 128), ("Mixtral 8x7B", 32, 8 * 128)];
-    let context = 256 << 10;
-    line!(out, "\nKV cache at 256K tokens, 16 bit (Table 1 of arXiv 2403.19887)");
-    for (name, layers, kv_width) in peers {
-        line!(out, "  {name:14} {:>12}", bytes(context * layers * 2 * kv_width * 2));
+/// How many sequences fit beside the weights: KV cache in 16 bits, Mamba state in f32.
+fn sequences(out: &mut String, config: &Config, contexts: &[usize], gib: u32) {
+    line!(out, "\nSequences that fit {gib} GiB, by context and format of the weights");
+    let names = WeightFormat::ALL.map(|format| format!("{:>14}", format.name()));
+    line!(out, "   Context{}", names.concat());
+    for &context in contexts {
+        let fit = WeightFormat::ALL.map(|format| {
+            let left = (u64::from(gib) << 30).saturating_sub(weight_bytes(config, format));
+            let fit = sequences_that_fit(config, context, Dtype::Bf16.size(), left);
+            format!("{:>14}", thousands(fit))
+        });
+        line!(out, "{:>10}{}", thousands(context as u64), fit.concat());
     }
-    let this = kv_bytes(config, context as usize, Dtype::Bf16.size());
-    line!(out, "  {:14} {:>12}", "this model", bytes(this));
+}
+
+/// Table 1 of arXiv 2403.19887: parameters, and the KV cache at 256K tokens, 16 bit.
+fn table_1(out: &mut String, config: &Config) -> Result<()> {
+    let mixtral = Config::preset("mixtral-8x7b")?;
+    let mut mistral = mixtral.clone();
+    (mistral.num_experts, mistral.num_experts_per_tok) = (1, 1);
+    let mut llama = mistral.clone();
+    (llama.num_key_value_heads, llama.intermediate_size) = (32, 11_008);
+    let models = [
+        ("Llama-2 7B", &llama),
+        ("Mistral 7B", &mistral),
+        ("Mixtral 8x7B", &mixtral),
+        ("Jamba-v0.1", &Config::preset("jamba-v0.1")?),
+        ("this model", config),
+    ];
+    line!(out, "\nKV cache at 256K tokens, 16 bit (Table 1 of arXiv 2403.19887)");
+    line!(out, "{:16} {:>12} {:>12} {:>12}", "", "parameters", "active", "KV cache");
+    for (name, config) in models {
+        let count = ParamCount::new(config);
+        let kv = kv_bytes(config, 256 << 10, Dtype::Bf16.size());
+        let [total, active] = [count.total, count.active].map(millions);
+        line!(out, "  {name:14} {total:>12} {active:>12} {:>12}", bytes(kv));
+    }
+    Ok(())
 }
 
 /// Reads the headers of the weights, if they are there, and checks every tensor's name and shape.
