@@ -13,6 +13,7 @@ use jamba_core::{
 use jamba_cpu::{CpuBackend, ReferenceBackend};
 
 pub mod machine;
+pub mod measure;
 pub mod progress;
 pub mod quality;
 

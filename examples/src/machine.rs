@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-use jamba_core::Result;
 use jamba_core::cost::Cost;
+use jamba_core::{Config, Limits, Result, WeightFormat};
 use serde_json::{Value, json};
 
 use crate::BackendName;
@@ -184,6 +184,36 @@ pub fn device_used(backend: BackendName) -> Result<Option<u64>> {
         BackendName::Cuda | BackendName::CudaF32 => Ok(Some(jamba_cuda::memory_used(0)?)),
         _ => Ok(None),
     }
+}
+
+/// What a model and a runner of it take on the device, told before anything is allocated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Planned {
+    /// All together.
+    pub bytes: u64,
+    /// What they are for.
+    pub about: String,
+}
+
+/// The memory that a backend plans with for a model and a runner with these limits; `None` for one
+/// that has no plan. Needs no device.
+pub fn plan(
+    backend: BackendName,
+    config: &Config,
+    limits: &Limits,
+    format: WeightFormat,
+) -> Option<Planned> {
+    #[cfg(feature = "cuda")]
+    if let BackendName::Cuda | BackendName::CudaF32 = backend {
+        let precision = match backend {
+            BackendName::CudaF32 => jamba_cuda::Precision::F32,
+            _ => jamba_cuda::Precision::Bf16,
+        };
+        let plan = jamba_cuda::Plan::new(config, limits, precision, format);
+        return Some(Planned { bytes: plan.total(), about: plan.to_string() });
+    }
+    let _ = (backend, config, limits, format);
+    None
 }
 
 #[cfg(test)]

@@ -358,6 +358,16 @@ fn bench_says_how_much_of_the_machine_is_used() {
     assert!(of("share_of_limit").into_iter().all(|v| v > 0.0 && v.is_finite()), "{phases:?}");
     assert!(json["machine"]["read_gb_per_second"].as_f64().unwrap() > 0.0);
 
+    let args = ["--prompt", "0", "--context", "9", "--generate", "0", "--endure", "5", "--json"];
+    let (out, _) = success(example("bench").args(args).arg(&path));
+    assert!(out.contains("first ") && out.contains("last "), "{out}");
+    let json: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    assert_eq!(
+        (&json["endured"][0]["steps"], &json["endured"][0]["past"]),
+        (&5.into(), &12.into())
+    );
+    assert!(json["endured"][0]["last_seconds"].as_f64().unwrap() > 0.0, "{json}");
+
     let random =
         ["--preset", "jamba-tales-11m", "--layers", "2", "--prompt", "0", "--generate", "0"];
     let (out, _) = success(example("bench").args(random).args(["--quant", "int4"]));

@@ -12,7 +12,7 @@
 //! let config = Config::preset("jamba-reasoning-3b")?;
 //! let state = StateBytes { empty: memory::mamba_state_bytes(&config, 4), per_token: 1024 };
 //! let next = Span { past: 512, tokens: 1, outputs: 1 };
-//! let cost = Cost::new(&config, WeightFormat::Stored, state, &[next]);
+//! let cost = Cost::new(&config, |role| WeightFormat::Stored.layout(role), state, &[next]);
 //! // A token of a 3B model reads 3 billion weights and multiplies and adds each once.
 //! assert!((5.9e9..6.2e9).contains(&cost.bytes) && (5.9e9..6.2e9).contains(&cost.operations));
 //! # Ok::<(), jamba_core::Error>(())
@@ -22,7 +22,7 @@ use std::iter::Sum;
 use std::ops::Add;
 
 use crate::config::Config;
-use crate::quant::WeightFormat;
+use crate::quant::Layout;
 use crate::schedule::Schedule;
 use crate::tensor::{Dtype, Role};
 use crate::weights::Weights;
@@ -62,14 +62,15 @@ pub struct Cost {
 }
 
 impl Cost {
-    /// The cost of one step of the model that a valid `config` describes, its weights in `format`
-    /// (and what that keeps as stored in the dtype of the configuration, bf16 where it names none).
+    /// The cost of one step of the model that a valid `config` describes, its weights as `layout`
+    /// says: [`WeightFormat::layout`](crate::WeightFormat::layout), or what a backend makes of it.
+    /// What is kept as stored counts in the dtype of the configuration, bf16 where it names none.
     ///
     /// Of the experts of a layer those are read that some token of the step is expected to use,
     /// where every expert is equally likely: of 16 with 2 for each token, 14 for 16 tokens.
     pub fn new(
         config: &Config,
-        format: WeightFormat,
+        layout: impl Fn(Role) -> Layout,
         state: StateBytes,
         sequences: &[Span],
     ) -> Self {
@@ -87,7 +88,7 @@ impl Cost {
         let stored = config.dtype.unwrap_or(Dtype::Bf16);
         Weights::layout(config).for_each(|param| {
             let elements = param.elements() as f64;
-            let bytes = format.layout(param.role).bytes(param.matrix_shape(), stored) as f64;
+            let bytes = layout(param.role).bytes(param.matrix_shape(), stored) as f64;
             let row = bytes / param.shape[0] as f64;
             let (operations, bytes) = match param.role {
                 Role::Linear | Role::Selection | Role::Router | Role::Mlp => {
@@ -134,12 +135,14 @@ impl Sum for Cost {
 mod tests {
     use super::*;
     use crate::memory;
+    use crate::quant::WeightFormat;
     use crate::schedule::ParamCount;
 
     const STATE: StateBytes = StateBytes { empty: 0, per_token: 0 };
 
     fn cost(name: &str, state: StateBytes, sequences: &[Span]) -> Cost {
-        Cost::new(&Config::preset(name).unwrap(), WeightFormat::Stored, state, sequences)
+        let stored = |role| WeightFormat::Stored.layout(role);
+        Cost::new(&Config::preset(name).unwrap(), stored, state, sequences)
     }
 
     /// Two operations for each active parameter, but for the embedding, and some for the scan.

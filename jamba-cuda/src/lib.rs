@@ -62,7 +62,7 @@ pub use probe::{Probe, memory_used};
 pub use profile::{KernelTime, profile};
 pub use state::State;
 pub use tensor::Tensor;
-pub use weight::Weight;
+pub use weight::{Weight, layout};
 
 const _: () = {
     const fn send<T: Send>() {}

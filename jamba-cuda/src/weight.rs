@@ -81,10 +81,10 @@ pub(crate) fn bytes(
     format: WeightFormat,
 ) -> u64 {
     let cols = cols as usize;
-    let row = match (format.layout(role), packing(role, precision, format)) {
-        (Layout::F32, _) => 4 * cols,
-        (_, Some(packing)) => strides(packing, cols).iter().sum(),
-        (_, None) => element(precision).size() * padded(cols, precision),
+    let row = match layout(role, precision, format) {
+        Layout::F32 => 4 * cols,
+        Layout::Packed(packing) => strides(packing, cols).iter().sum(),
+        Layout::Stored => element(precision).size() * padded(cols, precision),
     };
     rows.saturating_mul(row as u64)
 }
@@ -97,6 +97,15 @@ pub(crate) fn packing(role: Role, precision: Precision, format: WeightFormat) ->
         (_, Precision::F32, _) | (_, _, Role::Selection) => None,
         (Layout::Packed(packing), Precision::Bf16, _) => Some(packing),
         (Layout::F32 | Layout::Stored, ..) => None,
+    }
+}
+
+/// How a parameter of this role is kept on the device, [`Layout::Stored`] being the elements of the
+/// precision: as the format says, but for what is kept dequantised.
+pub fn layout(role: Role, precision: Precision, format: WeightFormat) -> Layout {
+    match (format.layout(role), packing(role, precision, format)) {
+        (Layout::Packed(_), None) => Layout::Stored,
+        (layout, _) => layout,
     }
 }
 
