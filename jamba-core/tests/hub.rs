@@ -9,6 +9,10 @@ use std::sync::{Arc, Mutex};
 use jamba_core::hub::Hub;
 use jamba_core::{Error, Progress, Stage};
 
+#[allow(unreachable_pub, reason = "the file is of a crate of its own")]
+#[path = "../../fuzz/src/hub.rs"]
+mod fuzz;
+
 const SHA: &str = "0123456789abcdef0123456789abcdef01234567";
 
 /// What was asked: path and first byte.
@@ -142,4 +146,16 @@ fn what_is_not_there_is_said() {
         assert!(refused(hub.folder(id, None, |_| {})).contains("ORG/NAME"), "{id}");
     }
     assert!(refused(hub.folder("org/tiny", Some("../x"), |_| {})).contains("revision"));
+}
+
+/// What fuzzing found worth keeping, replayed: see `fuzz/`.
+#[test]
+fn no_name_leads_out_of_the_cache() {
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus/hub");
+    let files: Vec<_> = std::fs::read_dir(corpus).unwrap().map(|e| e.unwrap().path()).collect();
+    assert!(!files.is_empty());
+    for path in files {
+        println!("{}", path.display());
+        fuzz::names(&std::fs::read(path).unwrap());
+    }
 }
