@@ -33,6 +33,7 @@
 mod environment;
 mod json;
 mod message;
+mod namespace;
 mod rendered;
 mod reply;
 mod session;

@@ -232,6 +232,67 @@ fn errors_say_where() {
 }
 
 #[test]
+fn namespaces_are_changed_and_hold_themselves() {
+    let chat = Chat::new([Message::user("x")]);
+    let render = |source: &str| {
+        let template = ChatTemplate::new(source).unwrap();
+        template.render(&chat, End::Reply).map(|it| it.text().to_owned()).map_err(|e| e.to_string())
+    };
+    // As Jinja2 writes them.
+    for (source, text) in [
+        ("{% set n = namespace(a=1) %}{% set n.a = n.a + 1 %}{{ n.a }}{{ n['a'] }}", "22"),
+        ("{% set n = namespace({'a': 1}, b=2) %}{{ n.a }}{{ n.b }}{{ n.c is defined }}", "12False"),
+        ("{% set n = namespace() %}\n{%- set n.a = 'x' if messages else 'y' -%}\n{{ n.a }}", "x"),
+        ("{% set n=namespace() %}{% set n.a='%}' ~ \"'\" ~ '\\'' %}{{ n.a }}", "%}''"),
+        ("{% set n = namespace() %}{% set n.a = 1, 2 %}{{ n.a | length }}", "2"),
+        (
+            "{% set n = namespace() %}{% set n.a %}b{% set c %}c{% endset %}{{ c }}{% endset %}{{ n.a }}",
+            "bc",
+        ),
+        ("{% set n = namespace() %}{% set n.a | upper %}\nb\n{%- endset -%} {{ n.a }}", "B"),
+        (
+            "{% set n = namespace(f=1) %}{{ n is mapping }}{{ n == n }}{{ n == namespace(f=1) }}",
+            "FalseTrueFalse",
+        ),
+        ("{% macro f(x) %}<{{ x }}>{% endmacro %}{% set n = namespace(f=f) %}{{ n.f(1) }}", "<1>"),
+        ("{{ \"{% set n.a = 1 %}\" }}{% set n = namespace() %}", "{% set n.a = 1 %}"),
+    ] {
+        assert_eq!(render(source).as_deref(), Ok(text), "{source}");
+    }
+    let error = render("{% set m = messages %}\n{% set m.namespace = 1 %}").unwrap_err();
+    assert!(error.contains(":2: can only assign to namespaces"), "{error}");
+
+    // What is put into itself, of everything that could go into it.
+    let itself = "{% set n = namespace() %}{% set n.x = [{'n': n}] %}{% macro m() %}{{ n }}{% endmacro %}\
+                  {% set n.m = m %}";
+    for reads in [
+        "n",
+        "n.x",
+        "n ~ n.x",
+        "n.x | string",
+        "n.x | tojson",
+        "n.x == [{'n': namespace(x=n.x)}]",
+        "[n, n.x, namespace(x=n)] | sort",
+        "{n: n} | items",
+        "n.x | unique | list",
+        "n.x | pprint",
+        "[n.x, [n]] | sum(start=[])",
+        "n in n.x",
+        "n.x < n.x",
+        "debug()",
+        "n.m()",
+        "n | list",
+        "n | length",
+        "n | items",
+        "n.x | join('-')",
+        "n | dictsort",
+        "n.x | map('string') | list",
+    ] {
+        render(&format!("{itself}{{{{ {reads} }}}}")).ok();
+    }
+}
+
+#[test]
 fn what_users_write_is_no_special_token() {
     let tokenizer = Tokenizer::from_folder(demo()).unwrap();
     let (eos, bos) = (tokenizer.eos_id().unwrap(), tokenizer.bos_id().unwrap());

@@ -8,6 +8,7 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat;
 
 use super::json::{Style, number};
+use super::namespace::{Namespaces, SET};
 
 /// Characters that no text of a render has: they go through the template unseen.
 #[derive(Clone, Copy)]
@@ -77,7 +78,13 @@ fn as_float(value: &Value) -> Option<f64> {
 }
 
 /// Adds what depends on the texts and on the time (`None`: now).
-pub(super) fn prepare(env: &mut Environment<'_>, marks: Marks, now: Option<jiff::civil::DateTime>) {
+pub(super) fn prepare(
+    env: &mut Environment<'_>,
+    marks: Marks,
+    now: Option<jiff::civil::DateTime>,
+    namespaces: &Namespaces,
+) {
+    namespaces.add_to(env);
     env.add_filter(
         "tojson",
         move |state: &State, value: Value, given: Rest<Value>, named: Kwargs| {
@@ -98,6 +105,10 @@ pub(super) fn prepare(env: &mut Environment<'_>, marks: Marks, now: Option<jiff:
 
 /// Methods of Python's strings, lists and dicts.
 fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
+    if name == SET {
+        let reason = format!("can only assign to namespaces, not {}", value.kind());
+        return Err(Error::new(ErrorKind::InvalidOperation, reason));
+    }
     match value.as_str().map(|text| string_method(state, text, name, args)) {
         Some(Ok(Some(result))) => Ok(result),
         Some(Err(error)) => Err(error),
@@ -196,27 +207,39 @@ fn rsplit(
 }
 
 /// Writes in minijinja's way what it does in another than Jinja2. `{% generation %}` becomes a
-/// filter over the block; the newline after `{% raw %}` stays. No line moves.
+/// filter over the block; the newline after `{% raw %}` stays; `{% set a.b = c %}` becomes a call of
+/// [`SET`]. No line moves.
 pub(super) fn translated(source: &str) -> Cow<'_, str> {
-    if !source.contains("generation") && !source.contains("raw") {
+    if !["generation", "raw", "namespace"].iter().any(|word| source.contains(word)) {
         return source.into();
     }
     let mut out = String::with_capacity(source.len() + 64);
     let mut rest = source;
-    while let Some(at) = rest.find("{%").into_iter().chain(rest.find("{#")).min() {
-        let is_comment = rest[at..].starts_with("{#");
-        let end = if is_comment { "#}" } else { "%}" };
+    // For every `{% set %}` that is open, what follows its end.
+    let mut sets: Vec<String> = Vec::new();
+    while let Some(at) = ["{%", "{#", "{{"].into_iter().filter_map(|tag| rest.find(tag)).min() {
+        let end = match rest.as_bytes()[at + 1] {
+            b'%' => "%}",
+            b'#' => "#}",
+            _ => "}}",
+        };
         // Behind the opening: in `{%}` there is no end.
-        let Some(length) = rest[at + 2..].find(end).map(|inner| inner + 2) else { break };
+        let Some(length) = end_of_tag(&rest[at + 2..], end).map(|inner| inner + 2) else { break };
         let (tag, after) = rest[at..].split_at(length + end.len());
         out.push_str(&rest[..at]);
         rest = after;
         let inner = tag[2..length].trim_start_matches(['-', '+']);
         let inner = inner.trim_end_matches(['-', '+']).trim();
         match inner {
-            _ if is_comment => out.push_str(tag),
+            _ if end != "%}" => out.push_str(tag),
             "generation" => out.push_str(&tag.replacen("generation", "filter generation", 1)),
             "endgeneration" => out.push_str(&tag.replacen("endgeneration", "endfilter", 1)),
+            "endset" => {
+                let close = tag.find("endset").map_or(0, |at| at + "endset".len());
+                out.push_str(&tag[..close]);
+                out.push_str(&sets.pop().unwrap_or_default());
+                out.push_str(&tag[close..]);
+            }
             "raw" => {
                 let trims = tag.ends_with("-%}") || tag.ends_with("+%}");
                 out.push_str(if trims { tag } else { &tag[..length] });
@@ -226,11 +249,68 @@ pub(super) fn translated(source: &str) -> Cow<'_, str> {
                 out.push_str(&rest[..raw_end]);
                 rest = &rest[raw_end..];
             }
-            _ => out.push_str(tag),
+            _ => match Assignment::parse(inner).and_then(|set| set.translated(&mut sets)) {
+                Some(set) => out.push_str(&tag.replacen(inner, &set, 1)),
+                None => out.push_str(tag),
+            },
         }
     }
     out.push_str(rest);
     out.into()
+}
+
+/// A `{% set %}` tag.
+struct Assignment<'a> {
+    name: &'a str,
+    attribute: Option<&'a str>,
+    /// From the `=` or the `|` on; empty for a block.
+    rest: &'a str,
+}
+
+impl<'a> Assignment<'a> {
+    fn parse(tag: &'a str) -> Option<Self> {
+        let tag = tag.strip_prefix("set")?;
+        let target = tag.trim_start();
+        let is_name =
+            |text: &str| !text.is_empty() && text.chars().all(|c| c.is_alphanumeric() || c == '_');
+        let (target, rest) = target.split_at(target.find(['=', '|']).unwrap_or(target.len()));
+        let (name, attribute) = match target.split_once('.') {
+            Some((name, attribute)) => (name.trim(), Some(attribute.trim())),
+            None => (target.trim(), None),
+        };
+        let is_whole = tag.starts_with(char::is_whitespace) && is_name(name);
+        (is_whole && attribute.is_none_or(is_name)).then_some(Self { name, attribute, rest })
+    }
+
+    /// The tag in minijinja's way, unless it is. What follows the end of one with a block goes onto
+    /// `sets`.
+    fn translated(&self, sets: &mut Vec<String>) -> Option<String> {
+        let Self { name, attribute, rest } = self;
+        let call = |value: &str| Some(format!("do {name}.{SET}('{}', {value})", (*attribute)?));
+        if let Some(value) = rest.strip_prefix('=') {
+            return call(&format!("({value})"));
+        }
+        sets.push(call(BLOCK).map_or(String::new(), |call| format!(" %}}{{% {call}")));
+        attribute.map(|_| format!("set {BLOCK} {rest}"))
+    }
+}
+
+/// The variable that has the text of a block until it is an attribute.
+const BLOCK: &str = "__block";
+
+/// Where a tag ends: not inside of a string of it.
+fn end_of_tag(tag: &str, end: &str) -> Option<usize> {
+    let (mut quote, mut escaped) = (None, false);
+    for (at, c) in tag.char_indices() {
+        match quote {
+            None if tag[at..].starts_with(end) => return Some(at),
+            None => quote = Some(c).filter(|c| matches!(c, '"' | '\'') && end != "#}"),
+            Some(_) if escaped => escaped = false,
+            Some(_) if c == '\\' => escaped = true,
+            Some(open) => quote = Some(open).filter(|open| *open != c),
+        }
+    }
+    None
 }
 
 /// Where `{% endraw %}` begins.

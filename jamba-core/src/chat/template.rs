@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::environment::{Marks, environment, prepare, translated};
 use super::message::Chat;
+use super::namespace::Namespaces;
 use super::rendered::Rendered;
 use crate::config::{read_file, read_json};
 use crate::error::{Error, Result};
@@ -235,11 +236,13 @@ impl ChatTemplate {
             context.push((name.clone(), variables(variable)));
         }
 
+        let namespaces = Namespaces::default();
         let mut env = self.inner.env.clone();
-        prepare(&mut env, marks, self.now);
-        let refused = |e: minijinja::Error| refused(&self.inner.path, &e);
-        let template = env.get_template(name).map_err(refused)?;
-        let mut text = template.render(Variable::from_pairs(context)).map_err(refused)?;
+        prepare(&mut env, marks, self.now, &namespaces);
+        let template = env.get_template(name);
+        let rendered = template.and_then(|it| it.render(Variable::from_pairs(context)));
+        namespaces.clear();
+        let mut text = rendered.map_err(|e| refused(&self.inner.path, &e))?;
         if let Some((tag, said)) = tag {
             cut_at(&mut text, &tag, &said, marks)?;
         }
