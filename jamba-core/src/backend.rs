@@ -144,27 +144,56 @@ impl<T> Scratch<T> {
         config: &Config,
         limits: &Limits,
     ) -> Result<Self> {
-        let tokens = |cols| backend.alloc(limits.tokens, cols);
-        let outputs = |cols| backend.alloc(limits.outputs, cols);
-        let (hidden, d_inner) = (config.hidden_size, config.d_inner());
-        Ok(Self {
-            hidden: tokens(hidden)?,
-            normed: tokens(hidden)?,
-            block_out: tokens(hidden)?,
-            xz: tokens(2 * d_inner)?,
-            conv_out: tokens(d_inner)?,
-            x_dbl: tokens(config.mamba_dt_rank + 2 * config.mamba_d_state)?,
-            dt: tokens(d_inner)?,
-            y: tokens(d_inner)?,
-            qkv: tokens(config.q_width() + 2 * config.kv_width())?,
-            context: tokens(config.q_width())?,
-            router_logits: tokens(config.num_experts)?,
-            gate_up: tokens(2 * config.intermediate_size)?,
-            act: tokens(config.intermediate_size)?,
-            output_hidden: outputs(hidden)?,
-            output_normed: outputs(hidden)?,
-            logits: outputs(config.vocab_size)?,
+        Scratch::shapes(config, limits).try_map(&mut |[rows, cols]| backend.alloc(rows, cols))
+    }
+
+    /// The same of something else.
+    pub(crate) fn try_map<U>(self, f: &mut dyn FnMut(T) -> Result<U>) -> Result<Scratch<U>> {
+        Ok(Scratch {
+            hidden: f(self.hidden)?,
+            normed: f(self.normed)?,
+            block_out: f(self.block_out)?,
+            xz: f(self.xz)?,
+            conv_out: f(self.conv_out)?,
+            x_dbl: f(self.x_dbl)?,
+            dt: f(self.dt)?,
+            y: f(self.y)?,
+            qkv: f(self.qkv)?,
+            context: f(self.context)?,
+            router_logits: f(self.router_logits)?,
+            gate_up: f(self.gate_up)?,
+            act: f(self.act)?,
+            output_hidden: f(self.output_hidden)?,
+            output_normed: f(self.output_normed)?,
+            logits: f(self.logits)?,
         })
+    }
+}
+
+impl Scratch<[usize; 2]> {
+    /// Rows, as many as `limits` says, and columns of each.
+    pub(crate) fn shapes(config: &Config, limits: &Limits) -> Self {
+        let tokens = |cols| [limits.tokens, cols];
+        let outputs = |cols| [limits.outputs, cols];
+        let (hidden, d_inner) = (config.hidden_size, config.d_inner());
+        Self {
+            hidden: tokens(hidden),
+            normed: tokens(hidden),
+            block_out: tokens(hidden),
+            xz: tokens(2 * d_inner),
+            conv_out: tokens(d_inner),
+            x_dbl: tokens(config.mamba_dt_rank + 2 * config.mamba_d_state),
+            dt: tokens(d_inner),
+            y: tokens(d_inner),
+            qkv: tokens(config.q_width() + 2 * config.kv_width()),
+            context: tokens(config.q_width()),
+            router_logits: tokens(config.num_experts),
+            gate_up: tokens(2 * config.intermediate_size),
+            act: tokens(config.intermediate_size),
+            output_hidden: outputs(hidden),
+            output_normed: outputs(hidden),
+            logits: outputs(config.vocab_size),
+        }
     }
 }
 

@@ -270,12 +270,18 @@ pub enum Error {
         position: usize,
     },
     /// The machine does not have as much memory.
-    #[error("{bytes} bytes for {what} cannot be allocated: ask for a smaller context or batch")]
+    #[error(
+        "{bytes} bytes for {what} cannot be allocated{}: ask for a smaller context or batch, or for \
+         weights of fewer bits",
+        available.map_or(String::new(), |bytes| format!(", {bytes} are available"))
+    )]
     Memory {
         /// What they are for.
         what: &'static str,
         /// How many; `u64::MAX` if they are more.
         bytes: u64,
+        /// How many there are, where that was asked before.
+        available: Option<u64>,
     },
     /// An option has a value that makes no sense.
     #[error("option `{option}` is {value}, but {allowed}")]

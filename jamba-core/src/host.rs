@@ -26,10 +26,13 @@ pub fn zeros(what: &'static str, sizes: &[usize]) -> Result<Vec<f32>> {
     match (elements, bytes) {
         // A larger vector than this does not exist, and asking for it would panic.
         (Some(n), Some(bytes)) if isize::try_from(bytes).is_ok() => {
-            bytemuck::allocation::try_zeroed_vec(n)
-                .map_err(|()| Error::Memory { what, bytes: bytes as u64 })
+            bytemuck::allocation::try_zeroed_vec(n).map_err(|()| Error::Memory {
+                what,
+                bytes: bytes as u64,
+                available: None,
+            })
         }
-        _ => Err(Error::Memory { what, bytes: u64::MAX }),
+        _ => Err(Error::Memory { what, bytes: u64::MAX, available: None }),
     }
 }
 

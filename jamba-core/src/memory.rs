@@ -13,7 +13,9 @@
 //! # Ok::<(), jamba_core::Error>(())
 //! ```
 
+use crate::backend::{Limits, Scratch};
 use crate::config::Config;
+use crate::error::{Error, Result};
 use crate::quant::WeightFormat;
 use crate::schedule::Schedule;
 use crate::tensor::Dtype;
@@ -72,6 +74,41 @@ pub fn sequences_that_fit(
     budget / sequence_bytes(config, tokens, element_bytes).max(1)
 }
 
+/// Bytes of a [`Scratch`] of f32; `u64::MAX` if they are more.
+pub fn scratch_bytes(config: &Config, limits: &Limits) -> u64 {
+    let mut bytes = 0u64;
+    let mut add = |[rows, cols]: [usize; 2]| {
+        bytes = bytes.saturating_add((4 * cols as u64).saturating_mul(rows as u64));
+        Ok(())
+    };
+    // Adding fails nowhere.
+    let _ = Scratch::shapes(config, limits).try_map(&mut add);
+    bytes
+}
+
+/// Bytes of the machine's memory that programs can still take, as Linux estimates them; `None` on
+/// other systems. What a control group leaves of them is not looked at.
+pub fn available() -> Option<u64> {
+    available_of(&std::fs::read_to_string("/proc/meminfo").ok()?)
+}
+
+fn available_of(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// Refuses what the machine has no memory for, where it says how much it has: a system that gives
+/// more than there is ends the process where it is written.
+///
+/// # Errors
+/// [`Error::Memory`].
+pub fn check(what: &'static str, bytes: u64) -> Result<()> {
+    match available() {
+        Some(free) if bytes > free => Err(Error::Memory { what, bytes, available: Some(free) }),
+        _ => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -93,6 +130,16 @@ mod tests {
             sum += if roles.contains(&param.role) { param.elements() } else { 0 };
         });
         sum
+    }
+
+    #[test]
+    fn what_linux_says_is_available() {
+        let said = "MemTotal:       16000000 kB\nMemAvailable:    8000000 kB\nSwapFree: 0 kB\n";
+        assert_eq!(available_of(said), Some(8_192_000_000));
+        for other in ["", "MemTotal: 5 kB", "MemAvailable: x kB", "MemAvailable: 5"] {
+            assert_eq!(available_of(other), None, "{other}");
+        }
+        assert_eq!(available().is_some(), cfg!(target_os = "linux"));
     }
 
     #[test]

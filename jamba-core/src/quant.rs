@@ -431,6 +431,9 @@ impl Lines {
 
 fn zeros<T: bytemuck::Zeroable>(len: usize) -> Result<Vec<T>> {
     let bytes = (len * size_of::<T>()) as u64;
-    bytemuck::allocation::try_zeroed_vec(len)
-        .map_err(|()| Error::Memory { what: "quantised weights", bytes })
+    bytemuck::allocation::try_zeroed_vec(len).map_err(|()| Error::Memory {
+        what: "quantised weights",
+        bytes,
+        available: None,
+    })
 }

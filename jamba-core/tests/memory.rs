@@ -5,9 +5,10 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use jamba_core::weights::ParamSpec;
 use jamba_core::{
-    Backend, Config, Engine, EngineOptions, GenerateOptions, LanguageModel, Limits, Model, Request,
-    SessionOptions, memory,
+    Backend, Config, Engine, EngineOptions, Error, GenerateOptions, LanguageModel, Limits, Model,
+    Need, Param, ParamSource, Request, SessionOptions, WeightFormat, memory,
 };
 use jamba_cpu::{CpuBackend, ReferenceBackend};
 
@@ -80,6 +81,52 @@ fn a_state_takes_what_was_said() {
         let plain = memory::sequence_bytes(config, 100, 4);
         assert!(said >= plain && said < 2 * plain, "{said} {plain}");
     }
+}
+
+/// Nobody asks it for anything.
+struct Untouched;
+
+impl ParamSource for Untouched {
+    fn param(&self, spec: &ParamSpec) -> jamba_core::Result<Param> {
+        panic!("{} is loaded", spec.name)
+    }
+}
+
+/// What the machine has no room for is refused before anything of it is loaded or allocated.
+#[cfg(target_os = "linux")]
+#[test]
+fn what_does_not_fit_is_refused_beforehand() {
+    let _alone = ALONE.lock().unwrap();
+    let refused = |error: Option<Error>, what: &str| match error {
+        Some(Error::Memory { bytes, available: Some(free), what: got }) => {
+            assert!(bytes > free && got.contains(what), "{got}: {bytes} of {free}");
+        }
+        other => panic!("{other:?}"),
+    };
+    let mut config = Config::preset("jamba-tales-11m").unwrap();
+    (config.vocab_size, config.hidden_size, config.num_hidden_layers) = (1 << 24, 1 << 18, 1);
+    config.num_attention_heads = 1 << 8;
+    let limits = Limits { slots: 1, context: 1, tokens: 1, outputs: 1 };
+    let quantised = CpuBackend::new().with_format(WeightFormat::Int4);
+    refused(Model::new(config.clone(), &Untouched, quantised).err(), "weights");
+    refused(Model::new(config.clone(), &Untouched, ReferenceBackend::new()).err(), "weights");
+    // As they are stored they are mapped; only some tables are not.
+    CpuBackend::new().check_memory(&config, Need::Weights).unwrap();
+    CpuBackend::new().check_memory(&config, Need::Runner(&limits)).unwrap();
+
+    let config = Config::preset("jamba-tales-11m").unwrap();
+    let free = memory::available().unwrap();
+    let context = (2 * free / memory::kv_bytes_per_token(&config, 4)) as usize;
+    let before = HELD.load(Ordering::Relaxed);
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/jamba-tales-11m");
+    let model = Model::load(folder, CpuBackend::new()).unwrap();
+    let options = SessionOptions { context, ..SessionOptions::default() };
+    refused(model.session(options).err(), "states");
+    let chunk = (free / 256) as usize;
+    let options = SessionOptions { context: chunk, chunk, ..SessionOptions::default() };
+    refused(model.session(options).err(), "states");
+    drop(model);
+    assert!(HELD.load(Ordering::Relaxed) < before + (1 << 20));
 }
 
 /// Thousands of short requests, read, cancelled or dropped, leave nothing behind: of what an engine

@@ -2,10 +2,14 @@
 
 use std::ops::Range;
 
-use jamba_core::backend::{Backend, CausalConv1d, Cols, Limits, Scratch, SelectiveScan, StatePart};
+use jamba_core::backend::{
+    Backend, CausalConv1d, Cols, Limits, Need, Scratch, SelectiveScan, StatePart,
+};
 use jamba_core::shape::{self, Shaped};
 use jamba_core::weights::{Mlp, Moe, Weights};
-use jamba_core::{Batch, Config, Error, Param, Precision, Result, WeightFormat, compose};
+use jamba_core::{
+    Batch, Config, Dtype, Error, Layout, Param, Precision, Result, WeightFormat, compose,
+};
 
 use crate::linear::Products;
 use crate::simd::Isa;
@@ -22,6 +26,22 @@ const ISA: &str = "JAMBA_CPU_ISA";
 ///
 /// A result does not depend on the number of threads, on how a prompt is cut into chunks, or on
 /// what else is in the batch: not by one bit.
+///
+/// ```
+/// use jamba_core::{Backend, LanguageModel, Model, Precision, SessionOptions, WeightFormat};
+/// use jamba_cpu::CpuBackend;
+///
+/// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/jamba-tales-11m");
+/// let exact = CpuBackend::new().with_precision(Precision::F32);
+/// let small = CpuBackend::new().with_format(WeightFormat::Int8);
+/// for backend in [exact, small] {
+///     let model = Model::load(folder, backend)?;
+///     let mut session = model.session(SessionOptions { context: 16, ..Default::default() })?;
+///     assert_eq!(session.append(&[1, 2, 3])?.len(), 4096);
+///     assert!(model.backend().is_chunk_invariant());
+/// }
+/// # Ok::<(), jamba_core::Error>(())
+/// ```
 ///
 /// # Threads
 ///
@@ -72,17 +92,19 @@ impl CpuBackend {
         Self { format, ..self }
     }
 
-    /// Sets the precision of products with matrices stored in bf16. With [`Precision::Bf16`], the
-    /// default, activations are rounded to bf16 where the instruction set multiplies it
-    /// (`avx512bf16`), and sums are f32; with [`Precision::F32`] they stay f32. The others, and
-    /// matrices stored as f16 or f32, are multiplied with f32 in either.
+    /// Sets the precision of the activations that matrices are multiplied with; sums are f32. With
+    /// [`Precision::Bf16`], the default, they are rounded as the weights are: for a matrix in bf16 to
+    /// bf16, where the instruction set multiplies it (`avx512bf16`), and for a quantised one to 8 bits
+    /// with a scale for 32, on every instruction set. For matrices in f16 or f32 they stay f32, as all
+    /// do with [`Precision::F32`].
     #[must_use]
     pub fn with_precision(mut self, precision: Precision) -> Self {
         self.products.precision = precision;
         self
     }
 
-    /// The precision of products: [`Precision::F32`] where the instruction set has no other.
+    /// The precision of products with matrices in bf16: [`Precision::F32`] where the instruction set
+    /// has no other.
     pub fn precision(&self) -> Precision {
         if self.products.isa.has_bf16() { self.products.precision } else { Precision::F32 }
     }
@@ -117,6 +139,14 @@ impl Backend for CpuBackend {
 
     fn weight_format(&self) -> WeightFormat {
         self.format
+    }
+
+    fn check_memory(&self, config: &Config, need: Need<'_>) -> Result<()> {
+        crate::memory::check(self, config, need, |spec| match self.format.layout(spec.role) {
+            // The pages of a mapped file are the system's to drop.
+            Layout::Stored => 0,
+            layout => layout.bytes(spec.matrix_shape(), Dtype::F32),
+        })
     }
 
     fn upload(&self, param: Param) -> Result<Weight> {

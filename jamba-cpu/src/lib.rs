@@ -26,6 +26,7 @@ mod backend;
 mod conv1d;
 mod elementwise;
 mod linear;
+mod memory;
 mod moe;
 mod norm;
 mod packed;

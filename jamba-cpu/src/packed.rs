@@ -6,7 +6,7 @@
 //! which are exact.
 
 use jamba_core::quant::{BLOCK, Scales};
-use jamba_core::{Packing, Quantized};
+use jamba_core::{Error, Packing, Quantized, Result};
 use rayon::prelude::*;
 
 use crate::simd::columns::for_each_rows;
@@ -44,12 +44,15 @@ pub(crate) struct PackedRows<'a> {
 }
 
 impl Packed {
-    pub(crate) fn new(from: Quantized) -> Self {
+    pub(crate) fn new(from: Quantized) -> Result<Self> {
         let (packing, [rows, cols]) = (from.packing(), from.shape());
         let blocks = cols.div_ceil(BLOCK);
         let bytes = block_bytes(packing);
         let stride = blocks * bytes;
-        let mut quants = vec![0u8; rows * stride + 63];
+        let len = rows * stride + 63;
+        let (what, bytes) = ("quantised weights", len as u64);
+        let mut quants: Vec<u8> = bytemuck::allocation::try_zeroed_vec(len)
+            .map_err(|()| Error::Memory { what, bytes, available: None })?;
         let start = quants.as_ptr().align_offset(64).min(63);
         let stored = packing.stride(cols);
         if stored > 0 {
@@ -61,7 +64,7 @@ impl Packed {
             Scales::Blocks(scales) => (scales.to_vec(), Vec::new()),
             Scales::Rows(scales) => (Vec::new(), scales.to_vec()),
         };
-        Self { packing, rows, cols, quants, start, block_scales, row_scales }
+        Ok(Self { packing, rows, cols, quants, start, block_scales, row_scales })
     }
 
     fn blocks(&self) -> usize {
@@ -274,7 +277,7 @@ mod tests {
             for packing in [Packing::Int8Row, Packing::Int8Block, Packing::Int4Block] {
                 let quantized = || Quantized::new(&param, packing).unwrap();
                 let mut got = vec![0.0; 3 * cols];
-                Packed::new(quantized()).widen(0..3, &mut got);
+                Packed::new(quantized()).unwrap().widen(0..3, &mut got);
                 assert_eq!(got, quantized().dequantize(), "{packing:?} of {cols}");
             }
         }

@@ -73,7 +73,7 @@ impl Weight {
             | Role::Experts
             | Role::Mlp => match format.layout(param.role) {
                 Layout::Packed(packing) => {
-                    Form::Packed(Packed::new(Quantized::new(&param, packing)?))
+                    Form::Packed(Packed::new(Quantized::new(&param, packing)?)?)
                 }
                 Layout::F32 | Layout::Stored => {
                     Form::Matrix(param.parts.into_iter().map(|p| Piece::new(p, cols)).collect())

@@ -14,7 +14,7 @@ mod state;
 
 use std::ops::Range;
 
-use jamba_core::backend::{Backend, CausalConv1d, Cols, Limits, SelectiveScan, StatePart};
+use jamba_core::backend::{Backend, CausalConv1d, Cols, Limits, Need, SelectiveScan, StatePart};
 use jamba_core::shape::{self, Shaped};
 use jamba_core::weights::Moe;
 use jamba_core::{Batch, Config, Error, Layout, Param, Quantized, Result, Role, WeightFormat};
@@ -113,6 +113,10 @@ impl Backend for ReferenceBackend {
 
     fn weight_format(&self) -> WeightFormat {
         self.format
+    }
+
+    fn check_memory(&self, config: &Config, need: Need<'_>) -> Result<()> {
+        crate::memory::check(self, config, need, |spec| 4 * spec.elements())
     }
 
     fn upload(&self, param: Param) -> Result<Parameter> {
