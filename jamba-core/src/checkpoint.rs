@@ -259,9 +259,11 @@ impl Checkpoint {
     fn same_bytes(&self, a: &str, b: &str) -> bool {
         let bytes = |name| {
             let stored: &Stored = self.tensors.get(name)?;
-            Some((stored.dtype, &(*self.shards[stored.shard].bytes).as_ref()[stored.bytes.clone()]))
+            let shard = &self.shards[stored.shard];
+            shard.check_length(stored.bytes.end).ok()?;
+            Some((stored.dtype, &(*shard.bytes).as_ref()[stored.bytes.clone()]))
         };
-        bytes(a) == bytes(b)
+        bytes(a).is_some_and(|a| Some(a) == bytes(b))
     }
 
     fn lacks(&self, name: &str) -> Error {

@@ -7,7 +7,9 @@ use std::process::Command;
 use std::sync::mpsc;
 use std::time::Duration;
 
+use jamba_core::weights::Weights;
 use jamba_core::{Checkpoint, Config, Sampling, Snapshot, Tokenizer};
+use safetensors::tensor::TensorView;
 use tempfile::TempDir;
 
 fn demo() -> PathBuf {
@@ -47,7 +49,8 @@ fn refusal(name: &str, put: impl FnOnce(&Path)) -> String {
         let _ = send.send(result.expect_err("it was taken").to_string());
     });
     let message = receive.recv_timeout(Duration::from_secs(20)).expect("it took too long");
-    assert!(message.contains(path.to_str().unwrap()), "the file is not in: {message}");
+    let names_it = message.contains(path.to_str().unwrap()) || message.contains("saved state");
+    assert!(names_it, "the file is not in: {message}");
     message
 }
 
@@ -105,6 +108,32 @@ fn a_huge_file_is_not_read() {
             std::fs::File::create(path).unwrap().set_len(1 << 40).unwrap();
         });
         assert!(message.contains("bytes"), "{message}");
+    }
+}
+
+/// Neither one that is longer than its header says, nor one whose header says so much.
+#[test]
+fn a_huge_state_is_not_read() {
+    let sparse = |header: &str, length: u64| {
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header.as_bytes());
+        refusal("state", |path| {
+            std::fs::write(path, &bytes).unwrap();
+            let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+            file.set_len(bytes.len() as u64 + length).unwrap();
+        })
+    };
+    let logits = |end: u64| {
+        let elements = end / 4;
+        format!(r#"{{"logits":{{"dtype":"F32","shape":[{elements}],"data_offsets":[0,{end}]}}}}"#)
+    };
+    let message = sparse(&logits(8), 1 << 40);
+    assert!(message.contains("its header says"), "{message}");
+    let message = sparse("", 1 << 40);
+    assert!(message.contains("EOF"), "{message}");
+    if cfg!(target_os = "linux") {
+        let message = sparse(&logits(1 << 42), 1 << 42);
+        assert!(message.contains("are available"), "{message}");
     }
 }
 
@@ -202,4 +231,26 @@ fn a_file_that_is_cut_off_after_it_was_opened() {
     std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(100_000).unwrap();
     let message = checkpoint.tensor(name, &[256]).err().unwrap().to_string();
     assert!(message.contains("cut off at 100000 bytes"), "{message}");
+}
+
+/// Nor is a tied head looked for in what the file no longer has.
+#[test]
+fn a_head_that_is_cut_off_after_it_was_opened() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("model.safetensors");
+    let mut config = Config::from_folder(demo()).unwrap();
+    config.tie_word_embeddings = true;
+    let layout = Weights::layout(&config);
+    let embedding = vec![0u8; 4 * config.vocab_size * config.hidden_size];
+    let shape = vec![config.vocab_size, config.hidden_size];
+    let view = |name| {
+        let view = TensorView::new(safetensors::Dtype::F32, shape.clone(), &embedding);
+        (name, view.unwrap())
+    };
+    let tensors = [view("model.embed_tokens.weight"), view("lm_head.weight")];
+    safetensors::serialize_to_file(tensors, None, &path).unwrap();
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    assert!(checkpoint.unused(&layout).is_empty());
+    std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(1000).unwrap();
+    assert_eq!(checkpoint.unused(&layout), ["lm_head.weight"]);
 }

@@ -2,18 +2,19 @@
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize_to_file};
+use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorView, serialize_to_file};
 
 use super::{Checkpoint, Origin, Segment, Snapshot, Span, Value};
 use crate::backend::StatePart;
 use crate::config::regular_file;
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Hasher};
-use crate::transfer;
+use crate::{memory, transfer};
 
 /// What the header's `format` says.
 const FORMAT: &str = "jamba-state";
@@ -115,13 +116,45 @@ impl Snapshot {
     /// Reads what [`save`](Self::save) wrote, and checks all of it.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::StateFile`] for a file that is truncated, damaged, or no state.
+    /// [`Error::Io`], [`Error::StateFile`] for a file that is truncated, damaged, or no state,
+    /// [`Error::Memory`] for one that the machine has no room for.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         regular_file(path)?;
-        let bytes = std::fs::read(path).map_err(Error::io(path))?;
-        parse(&bytes).map_err(|reason| Error::StateFile { path: path.to_owned(), reason })
+        let damaged = |reason| Error::StateFile { path: path.to_owned(), reason };
+        let mut file = File::open(path).map_err(Error::io(path))?;
+        let length = file.metadata().map_err(Error::io(path))?.len();
+        let mut bytes = read_header(&mut file, length).map_err(Error::io(path))?;
+        check_length(&bytes, length).map_err(damaged)?;
+        // Of the tensors there are their bytes and, until they are checked, their values.
+        memory::check("a saved state", length.saturating_mul(3))?;
+        file.take(length - bytes.len() as u64).read_to_end(&mut bytes).map_err(Error::io(path))?;
+        parse(&bytes).map_err(damaged)
     }
+}
+
+/// Bytes of a header at most: that of the largest model has less than a tenth of them.
+const MAX_HEADER: u64 = 16 << 20;
+
+/// The header and the eight bytes before it that state its length; less of a file that has less.
+fn read_header(file: &mut File, length: u64) -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    file.take(8).read_to_end(&mut bytes)?;
+    let stated = bytes.as_chunks().0.first().map_or(0, |b| u64::from_le_bytes(*b));
+    file.take(stated.min(length).min(MAX_HEADER)).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// Whether a file is as long as its header says.
+fn check_length(header: &[u8], length: u64) -> Result<(), String> {
+    let json = header.get(8..).unwrap_or_default();
+    let metadata: Metadata = serde_json::from_slice(json).map_err(|e| e.to_string())?;
+    let ends = metadata.tensors().into_values().map(|tensor| tensor.data_offsets.1 as u64);
+    let expected = ends.max().unwrap_or(0).saturating_add(header.len() as u64);
+    if length == expected {
+        return Ok(());
+    }
+    Err(format!("it has {length} bytes, its header says {expected}"))
 }
 
 impl Origin {
