@@ -38,6 +38,8 @@ impl<'a> Columns<'a> {
     /// No other block that lives may have any of its elements.
     unsafe fn block(&self, rows: Range<usize>, index: usize) -> Block<'_> {
         let start = index * self.width;
+        debug_assert!(rows.start <= rows.end && rows.end <= self.rows, "{rows:?} of {}", self.rows);
+        debug_assert!(start < self.cols, "column {start} of {}", self.cols);
         Block {
             values: self.values.wrapping_add(rows.start * self.stride),
             rows: rows.len(),

@@ -65,6 +65,7 @@ fn sums<D: Integers, const M: usize, const FOUR_BITS: bool>(
     }
     let mut lanes = [[s.splat(0.0); TILE_N]; M];
     for g in 0..whole {
+        debug_assert!((g + 1) * bytes <= stride, "group {g} of rows of {stride} bytes");
         let at = quants.map(|q| q.wrapping_add(g * bytes));
         let scales = scales.map(|s| s.wrapping_add(if by_row { 0 } else { g * LANES }));
         if turn == 0 {
@@ -83,6 +84,7 @@ fn sums<D: Integers, const M: usize, const FOUR_BITS: bool>(
         unsafe { group::<D, M, FOUR_BITS, true>(d, x, g, at, scales, LANES, &mut lanes) };
     }
     if rest > 0 {
+        debug_assert_eq!(whole * bytes + rest * block_bytes(w.packing), stride);
         let at = quants.map(|q| q.wrapping_add(whole * bytes));
         let mut padded = [[0; LANES]; TILE_N];
         for n in 0..TILE_N {
@@ -125,6 +127,8 @@ unsafe fn group<D: Integers, const M: usize, const FOUR_BITS: bool, const WHOLE:
     // Of `steps` vectors of W, each is multiplied once or, of four bits, twice.
     let steps = if FOUR_BITS { 4 } else { 8 };
     let width = D::S::LANES;
+    debug_assert!((1..=LANES).contains(&blocks) && LANES.is_multiple_of(width));
+    debug_assert!(x.iter().all(|x| g < x.len()), "group {g} of x");
     for first in (0..LANES).step_by(width) {
         if !WHOLE && first >= blocks {
             break;

@@ -25,7 +25,7 @@ pub(crate) trait Integers: Copy + Send + Sync {
     /// Loads some lanes; the others, where there are more, are zero.
     ///
     /// # Safety
-    /// The bytes of `lanes` lanes must be readable at `from`.
+    /// The bytes of `lanes` lanes, of one at least, must be readable at `from`.
     unsafe fn load_some(self, from: *const u8, lanes: usize) -> Self::I;
     /// Where sums of [`dot8`](Self::dot8) begin, for minus the sums of x.
     fn start8(self, minus: Self::I) -> Self::I;
@@ -71,6 +71,7 @@ impl Integers for Portable {
 
     #[inline(always)]
     unsafe fn load_some(self, from: *const u8, lanes: usize) -> [i32; 8] {
+        debug_assert!(lanes > 0);
         let mut all = [0; 8];
         for (i, lane) in all.iter_mut().enumerate().take(lanes) {
             // SAFETY: the caller's; any bits are an integer.
@@ -164,6 +165,7 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn load_some(self, from: *const u8, lanes: usize) -> __m512i {
+            debug_assert!(lanes > 0);
             let mask = (0xffff_u32 >> 16usize.saturating_sub(lanes)) as __mmask16;
             intrinsic!(_mm512_maskz_loadu_epi32(mask, from.cast()))
         }
@@ -308,6 +310,7 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn load_some(self, from: *const u8, lanes: usize) -> __m256i {
+            debug_assert!(lanes > 0);
             let index = intrinsic!(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
             let wanted = intrinsic!(_mm256_cmpgt_epi32(_mm256_set1_epi32(lanes as i32), index));
             intrinsic!(_mm256_maskload_epi32(from.cast(), wanted))

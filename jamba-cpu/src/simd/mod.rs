@@ -1,4 +1,5 @@
-//! Vectors of f32 for the instruction sets of the machine: the only unsafe code of this crate.
+//! Vectors of f32 for the instruction sets of the machine: with `team`, the only unsafe code of this
+//! crate.
 //!
 //! A [`Simd`] value is proof that the machine has its instructions: [`Isa::available`] is the only
 //! source of one for x86. Kernels are generic over it, and run inside [`Simd::vectorize`], which
