@@ -36,6 +36,26 @@ pub enum Outputs {
 }
 
 /// The tokens of one step. Prompts, parts of prompts and single tokens may share it.
+///
+/// ```
+/// use jamba_core::{Batch, LanguageModel, Limits, Model, Outputs};
+/// use jamba_cpu::CpuBackend;
+///
+/// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/jamba-tales-11m");
+/// let model = Model::load(folder, CpuBackend::new())?;
+/// let limits = Limits { slots: 2, context: 16, tokens: 8, outputs: 2 };
+/// let mut runner = model.runner(limits)?;
+/// let mut batch = Batch::new();
+/// batch.push(0, 0, &[5, 6, 7], Outputs::None);
+/// runner.step(&batch)?;
+/// // The first goes on while the second begins.
+/// batch.clear();
+/// batch.push(0, 3, &[8], Outputs::Last);
+/// batch.push(1, 0, &[5, 6], Outputs::Last);
+/// runner.step(&batch)?;
+/// assert_eq!(runner.logits()?.len(), 2 * model.config().vocab_size);
+/// # Ok::<(), jamba_core::Error>(())
+/// ```
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Batch {
     tokens: Vec<u32>,

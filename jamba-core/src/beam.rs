@@ -83,6 +83,21 @@ impl Candidate {
 /// The most probable continuations of `prompt` that a beam search finds, best first: at most
 /// [`BeamOptions::beams`]. The search is that of transformers (`num_beams` without sampling).
 ///
+/// ```
+/// use jamba_core::{BeamOptions, Model, Tokenizer, beam_search};
+/// use jamba_cpu::CpuBackend;
+///
+/// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/jamba-tales-11m");
+/// let model = Model::load(folder, CpuBackend::new())?;
+/// let tokenizer = Tokenizer::from_folder(folder)?;
+/// let options = BeamOptions { beams: 3, max_tokens: 8, ..BeamOptions::default() };
+/// let found = beam_search(&model, &tokenizer.encode("Once upon a time")?, &options)?;
+/// assert_eq!(found.len(), 3);
+/// assert!(found.is_sorted_by(|a, b| a.score >= b.score));
+/// println!("{}", tokenizer.decode(&found[0].ids)?);
+/// # Ok::<(), jamba_core::Error>(())
+/// ```
+///
 /// # Errors
 /// [`Error::Option`], [`Error::EmptyPrompt`], [`Error::Token`], [`Error::NonFinite`], or what the
 /// backend reports.

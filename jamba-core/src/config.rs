@@ -330,7 +330,7 @@ pub(crate) fn missing(folder: &Path, wanted: &'static str) -> Error {
         return problem("this is a file: the folder that it is in is expected");
     }
     if !folder.is_dir() {
-        return problem("no such folder (models are not downloaded from the Hugging Face Hub)");
+        return problem("no such folder");
     }
     let (folder, has) = (folder.to_owned(), |name: &str| folder.join(name).exists());
     let instead = ["pytorch_model.bin", "pytorch_model.bin.index.json", "tokenizer.model"];

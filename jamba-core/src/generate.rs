@@ -64,6 +64,22 @@ impl Default for GenerateOptions {
 }
 
 /// Cancels a generation from another thread, or from the one that runs it. Clones are one token.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use jamba_core::CancelToken;
+///
+/// let cancel = CancelToken::new(); // a clone of it goes into `GenerateOptions::cancel`
+/// let timer = cancel.clone();
+/// std::thread::spawn(move || {
+///     std::thread::sleep(Duration::from_millis(1));
+///     timer.cancel();
+/// });
+/// while !cancel.is_cancelled() {
+///     std::thread::yield_now();
+/// }
+/// ```
 #[derive(Clone, Debug, Default)]
 pub struct CancelToken(Arc<AtomicBool>);
 
@@ -157,6 +173,26 @@ pub struct Usage {
 /// [`pending`](Self::pending) as the first prompt of the next generator.
 ///
 /// An error is the last item, and text held back until then is lost.
+///
+/// ```
+/// use jamba_core::{
+///     GenerateOptions, Generator, LanguageModel, Model, Sampling, SessionOptions, Tokenizer,
+/// };
+/// use jamba_cpu::CpuBackend;
+///
+/// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/jamba-tales-11m");
+/// let model = Model::load(folder, CpuBackend::new())?;
+/// let tokenizer = Tokenizer::from_folder(folder)?;
+/// let mut session = model.session(SessionOptions { context: 64, ..Default::default() })?;
+/// let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
+/// let options = GenerateOptions { sampling, max_tokens: 8, ..Default::default() };
+/// let mut generator = Generator::new(&mut session, &tokenizer, options)?;
+/// generator.prompt_text("Once upon a time")?;
+/// let pieces = generator.collect::<jamba_core::Result<Vec<_>>>()?;
+/// let text: String = pieces.iter().map(|piece| piece.text.as_str()).collect();
+/// assert!(text.starts_with(" there was"), "{text}");
+/// # Ok::<(), jamba_core::Error>(())
+/// ```
 pub struct Generator<'a> {
     session: &'a mut Session,
     tokenizer: Option<&'a Tokenizer>,

@@ -50,6 +50,19 @@ pub(crate) fn scored(logits: &[f32], id: u32, top: usize) -> Scored {
 }
 
 /// `exp` of the mean negative logarithm of the probabilities; 1 for no tokens.
+///
+/// ```
+/// use jamba_core::{LanguageModel, Model, SessionOptions, Tokenizer, perplexity};
+/// use jamba_cpu::CpuBackend;
+///
+/// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/jamba-tales-11m");
+/// let model = Model::load(folder, CpuBackend::new())?;
+/// let ids = Tokenizer::from_folder(folder)?.encode("Once upon a time, there was a little girl.")?;
+/// let options = SessionOptions { context: 32, outputs: 32, ..Default::default() };
+/// let scored = model.session(options)?.score(&ids[..1], &ids[1..], 0)?;
+/// assert!(perplexity(&scored) < 20.0);
+/// # Ok::<(), jamba_core::Error>(())
+/// ```
 pub fn perplexity(tokens: &[Scored]) -> f64 {
     let nll: f64 = tokens.iter().map(|token| -f64::from(token.logprob)).sum();
     (nll / tokens.len().max(1) as f64).exp()

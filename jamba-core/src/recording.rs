@@ -28,6 +28,21 @@ pub struct Recorded {
 /// - `state.I.conv` `(d_inner, d_conv)`, the latest `d_conv` inputs of the convolution, zero
 ///   before the first; `state.I.ssm` `(d_inner, d_state)`; `state.I.k` and `state.I.v`
 ///   `(num_kv_heads, tokens, head_dim)`.
+///
+/// ```
+/// use jamba_core::recording::Recording;
+/// use jamba_core::trace::Detail;
+/// use jamba_core::{LanguageModel, Model, SessionOptions};
+/// use jamba_cpu::ReferenceBackend;
+///
+/// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/jamba-tales-11m");
+/// let model = Model::load(folder, ReferenceBackend::new())?;
+/// let options = SessionOptions { context: 8, chunk: 3, outputs: 3 };
+/// let mut session = model.session(options)?;
+/// let recording = Recording::new(&mut session, &[1, 2, 3], 3, &[4], Detail::Operators)?;
+/// assert_eq!(recording.tensors["layers.3.mamba.scan"].shape, [3, 512]);
+/// # Ok::<(), jamba_core::Error>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Recording {
     /// The tensors by name.

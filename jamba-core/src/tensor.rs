@@ -48,6 +48,13 @@ pub(crate) trait Bytes: AsRef<[u8]> + Send + Sync {
 pub(crate) type Owner = Arc<dyn Bytes>;
 
 /// Row-major elements of one tensor, stored or drawn at random. A clone shares the bytes.
+///
+/// ```
+/// use jamba_core::{Dtype, HostTensor};
+///
+/// let tensor = HostTensor::from_halves(Dtype::Bf16, vec![1, 2], vec![0x3f80, 0xc000]);
+/// assert_eq!(*tensor.to_f32(), [1.0, -2.0]);
+/// ```
 #[derive(Clone)]
 pub struct HostTensor {
     dtype: Dtype,

@@ -20,7 +20,7 @@ const ROUNDS: usize = 1 << 20;
 pub struct Probe {
     /// Threads.
     pub threads: usize,
-    /// Instruction set of the kernels: `avx512`, `avx2` or `portable`.
+    /// Instruction set of the kernels: `avx512bf16`, `avx512`, `avx2` or `portable`.
     pub isa: &'static str,
     /// Reading a buffer of 1 GiB once, in 10^9 bytes a second.
     pub read_gb_per_s: f64,
@@ -32,6 +32,13 @@ pub struct Probe {
 }
 
 /// Measures the machine: the best of a few repeats. Takes 1 GiB meanwhile, and about a second.
+///
+/// ```no_run
+/// let probe = jamba_cpu::probe()?;
+/// // No step that reads weights of 2 GB takes less time than this.
+/// println!("{:.0} ms", 2e3 / probe.read_gb_per_s);
+/// # Ok::<(), jamba_core::Error>(())
+/// ```
 ///
 /// # Errors
 /// [`Error::Memory`](jamba_core::Error::Memory).
