@@ -6,7 +6,8 @@ use crate::backend::Limits;
 use crate::batch::{Batch, Outputs};
 use crate::error::{Error, Result, at_least_one};
 use crate::generate::Hold;
-use crate::model::{LanguageModel, Runner};
+use crate::model::LanguageModel;
+use crate::runner::Runner;
 
 /// Tokens of the prompt that are run in one step.
 const CHUNK: usize = 512;

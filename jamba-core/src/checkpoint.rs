@@ -10,8 +10,8 @@ use memmap2::Mmap;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-use crate::config::{missing, read_json, regular_file};
 use crate::error::{Error, Result};
+use crate::files::{missing, read_json, regular_file};
 use crate::tensor::{Bytes, Dtype, HostTensor, Owner, Param};
 use crate::weights::{ParamSpec, Source, Weights};
 

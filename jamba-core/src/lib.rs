@@ -103,6 +103,8 @@ pub mod cost;
 mod delegate;
 pub mod engine;
 pub mod error;
+mod fields;
+mod files;
 pub mod fingerprint;
 pub mod generate;
 #[cfg(feature = "structured")]
@@ -119,6 +121,7 @@ pub mod progress;
 pub mod quant;
 pub mod random;
 pub mod recording;
+pub mod runner;
 pub mod sampler;
 pub mod schedule;
 pub mod session;
@@ -149,10 +152,11 @@ pub use generate::{
     generate_ids,
 };
 pub use logprobs::{Scored, TokenLogProb, perplexity, top_log_probs};
-pub use model::{LanguageModel, Model, ModelRunner, Runner};
+pub use model::{LanguageModel, Model};
 pub use precision::Precision;
 pub use progress::{Progress, Stage};
 pub use quant::{Layout, Packing, Quantized, WeightFormat};
+pub use runner::{ModelRunner, Runner};
 pub use sampler::{Choice, Sampled, Sampler, Sampling, log_prob};
 pub use session::{Rewound, Session, SessionOptions};
 pub use state::Snapshot;

@@ -5,8 +5,9 @@ use std::path::Path;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use crate::config::{Fields, read_json};
 use crate::error::{Error, Result};
+use crate::fields::Fields;
+use crate::files::read_json;
 
 mod choice;
 #[cfg(test)]

@@ -7,9 +7,9 @@ use crate::backend::{Limits, StatePart};
 use crate::batch::{Batch, Outputs};
 use crate::config::Config;
 use crate::error::{Error, Result, at_least_one};
-use crate::model::Runner;
+use crate::runner::Runner;
 use crate::sampler::{Choice, Sampled, Sampler};
-use crate::state::{Checkpoint, Lineage};
+use crate::state::{Lineage, Mark};
 use crate::trace::{Detail, Listener};
 
 mod rewind;
@@ -98,7 +98,7 @@ pub struct Session {
     sound: bool,
     lineage: Lineage,
     /// Ascending by position, from where a rewind may go on.
-    checkpoints: Vec<Arc<Checkpoint>>,
+    checkpoints: Vec<Arc<Mark>>,
     checkpoint_every: usize,
 }
 

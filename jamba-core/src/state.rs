@@ -12,7 +12,7 @@ use std::sync::{Arc, Weak};
 use crate::backend::StatePart;
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, essentials};
-use crate::model::Runner;
+use crate::runner::Runner;
 use crate::transfer;
 
 mod file;
@@ -53,7 +53,7 @@ struct Value {
     steps: Vec<usize>,
     /// Together the positions of `tokens`; none where no layer has keys.
     spans: Vec<Span>,
-    checkpoint: Arc<Checkpoint>,
+    checkpoint: Arc<Mark>,
 }
 
 /// The model that a state is of.
@@ -98,7 +98,7 @@ impl Origin {
 
 /// What does not grow with a sequence: convolution and SSM states after `position` tokens, and
 /// the logits there.
-pub(crate) struct Checkpoint {
+pub(crate) struct Mark {
     pub(crate) position: usize,
     /// In the order of [`transfer::parts`].
     states: Vec<(usize, StatePart, Vec<f32>)>,
@@ -106,7 +106,7 @@ pub(crate) struct Checkpoint {
     pub(crate) logits: Vec<f32>,
 }
 
-impl Checkpoint {
+impl Mark {
     pub(crate) fn read(
         runner: &dyn Runner,
         slot: usize,
@@ -211,7 +211,7 @@ impl Snapshot {
         &self.0.steps
     }
 
-    pub(crate) fn checkpoint(&self) -> &Arc<Checkpoint> {
+    pub(crate) fn checkpoint(&self) -> &Arc<Mark> {
         &self.0.checkpoint
     }
 
@@ -284,7 +284,7 @@ impl Lineage {
         slot: usize,
         tokens: &[u32],
         steps: &[usize],
-        checkpoint: Arc<Checkpoint>,
+        checkpoint: Arc<Mark>,
     ) -> Result<Snapshot> {
         let mut spans = self.alive();
         let start = spans.iter().map(|span| span.positions).sum();

@@ -9,7 +9,7 @@ use crate::batch::Batch;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, Hasher};
-use crate::model::Runner;
+use crate::runner::Runner;
 use crate::sampler::{Choice, Sampled};
 use crate::session::Session;
 use crate::trace::{Detail, Listener};

@@ -7,8 +7,9 @@ use std::sync::{Arc, OnceLock};
 use serde_json::Value;
 use tokenizers::models::ModelWrapper;
 
-use crate::config::{Fields, missing, read_file, read_json};
 use crate::error::{Error, Result};
+use crate::fields::Fields;
+use crate::files::{missing, read_file, read_json};
 
 #[cfg(feature = "structured")]
 mod bytes;

@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::backend::StatePart;
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::model::Runner;
+use crate::runner::Runner;
 use crate::schedule::{MixerKind, Schedule};
 
 /// Every part of the state of one slot: its layer and what it is, in the order of the layers.

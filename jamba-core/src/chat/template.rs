@@ -11,8 +11,8 @@ use super::environment::{Marks, environment, prepare, translated};
 use super::message::Chat;
 use super::namespace::Namespaces;
 use super::rendered::Rendered;
-use crate::config::{read_file, read_json};
 use crate::error::{Error, Result};
+use crate::files::{read_file, read_json};
 use crate::tokenizer::{Tokenizer, token_text};
 
 /// How a rendered conversation ends.

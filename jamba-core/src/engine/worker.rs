@@ -9,9 +9,9 @@ use super::stream::Event;
 use crate::batch::{Batch, Outputs};
 use crate::error::{Error, Result};
 use crate::generate::{FinishReason, Writer};
-use crate::model::Runner;
+use crate::runner::Runner;
 use crate::sampler::Sampled;
-use crate::state::{Checkpoint, Lineage};
+use crate::state::{Lineage, Mark};
 use crate::tokenizer::Tokenizer;
 
 pub(super) struct Worker {
@@ -332,7 +332,7 @@ impl Worker {
         let Slot { lineage, sequence } = &mut self.slots[slot];
         let (Some(cache), Some(sequence)) = (&mut self.cache, sequence) else { return Ok(()) };
         let end = sequence.position;
-        let checkpoint = Checkpoint::read(&*self.runner, slot, end, logits)?;
+        let checkpoint = Mark::read(&*self.runner, slot, end, logits)?;
         let (tokens, checkpoint) = (sequence.held(), Arc::new(checkpoint));
         cache.insert(lineage.capture(&*self.runner, slot, &tokens, &[], checkpoint)?);
         sequence.keep(end);

@@ -7,7 +7,7 @@ use super::Session;
 use crate::batch::Outputs;
 use crate::error::{Error, Result};
 use crate::schedule::Schedule;
-use crate::state::{Checkpoint, Snapshot};
+use crate::state::{Mark, Snapshot};
 
 /// How a rewind got to where it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -191,37 +191,37 @@ impl Session {
     }
 
     /// The last checkpoint from which the logits at `position` are to be had.
-    fn nearest(&self, position: usize) -> Result<Option<Arc<Checkpoint>>> {
+    fn nearest(&self, position: usize) -> Result<Option<Arc<Mark>>> {
         let last = position.saturating_sub(1);
         if last > 0 && Schedule::new(self.config()).mamba_layers() == 0 {
             // Only keys and values: every position is one to go on from.
-            return Ok(Some(Arc::new(Checkpoint::read(&*self.runner, 0, last, &[])?)));
+            return Ok(Some(Arc::new(Mark::read(&*self.runner, 0, last, &[])?)));
         }
-        let usable = |checkpoint: &&Arc<Checkpoint>| {
-            let Checkpoint { position: at, logits, .. } = &***checkpoint;
+        let usable = |checkpoint: &&Arc<Mark>| {
+            let Mark { position: at, logits, .. } = &***checkpoint;
             *at < position || (*at == position && !logits.is_empty())
         };
         Ok(self.checkpoints.iter().rev().find(usable).cloned())
     }
 
     /// The checkpoint at the current position, read unless it is kept.
-    fn checkpoint(&self) -> Result<Arc<Checkpoint>> {
+    fn checkpoint(&self) -> Result<Arc<Mark>> {
         if !self.sound {
             return Err(Error::Poisoned);
         }
         let position = self.position();
-        let is_here = |checkpoint: &&Arc<Checkpoint>| {
+        let is_here = |checkpoint: &&Arc<Mark>| {
             checkpoint.position == position && !checkpoint.logits.is_empty()
         };
         if let Some(kept) = self.checkpoints.last().filter(is_here) {
             return Ok(kept.clone());
         }
         self.read_logits()?;
-        Ok(Arc::new(Checkpoint::read(&*self.runner, 0, position, self.last_logits())?))
+        Ok(Arc::new(Mark::read(&*self.runner, 0, position, self.last_logits())?))
     }
 
     /// Puts a checkpoint in its place; there is none after the current position.
-    fn keep(&mut self, checkpoint: Arc<Checkpoint>) {
+    fn keep(&mut self, checkpoint: Arc<Mark>) {
         if checkpoint.position > 0 {
             self.unmark(checkpoint.position);
             self.checkpoints.push(checkpoint);

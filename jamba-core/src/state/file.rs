@@ -9,10 +9,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorView, serialize_to_file};
 
-use super::{Checkpoint, Origin, Segment, Snapshot, Span, Value};
+use super::{Mark, Origin, Segment, Snapshot, Span, Value};
 use crate::backend::StatePart;
-use crate::config::regular_file;
 use crate::error::{Error, Result};
+use crate::files::regular_file;
 use crate::fingerprint::{Fingerprint, Hasher};
 use crate::{memory, transfer};
 
@@ -265,7 +265,7 @@ fn parse(bytes: &[u8]) -> Result<Snapshot, String> {
             vec![Span { segment, positions }]
         }
     };
-    let checkpoint = Arc::new(Checkpoint { position: positions, states, logits });
+    let checkpoint = Arc::new(Mark { position: positions, states, logits });
     Ok(Snapshot(Arc::new(Value { origin, tokens, steps, spans, checkpoint })))
 }
 
