@@ -11,7 +11,7 @@ use std::ops::Range;
 
 use jamba_core::{Batch, Run};
 
-use crate::simd::columns::{Block, Columns, for_each_group};
+use crate::columns::{Block, Columns, for_each_group, parallel};
 use crate::simd::dots::{TILE_N, Turn, Widened, tile};
 use crate::simd::{Isa, Simd, exp, with_simd};
 use crate::state::Cache;
@@ -25,8 +25,6 @@ const QUERIES: usize = 64;
 const HEADS: usize = 8;
 /// Queries that share the loads of keys and values.
 const TILE_M: usize = 4;
-/// Multiply-adds below which a second thread is no gain.
-const PARALLEL: usize = 1 << 17;
 
 /// `out (tokens, heads * head_dim)` for `qkv (tokens, (heads + 2 kv_heads) head_dim)`. The keys
 /// and values of the batch are appended to the cache first.
@@ -58,7 +56,7 @@ pub(crate) fn attention(
         first += run.len;
     }
     let keys: usize = batch.runs().iter().map(|r| r.len * (r.position + r.len)).sum();
-    let parallel = keys * heads * head_dim >= PARALLEL;
+    let parallel = keys * heads * head_dim >= parallel::PRODUCTS;
     let matrix = Columns::new(out, heads * head_dim, heads * head_dim, shared * head_dim);
     for_each_group(&matrix, &ends, parallel, |index, mut out| {
         let tokens = if index == 0 { 0..ends[0] } else { ends[index - 1]..ends[index] };

@@ -2,15 +2,13 @@
 
 use jamba_core::Batch;
 
-use crate::simd::columns::{Block, Columns, for_each};
+use crate::columns::{Block, Columns, for_each, parallel};
 use crate::simd::{Isa, Simd, silu, with_simd};
 use crate::tensor::View;
 use crate::weight::PAD;
 
 /// Channels that one task works on.
 const BLOCK: usize = 128;
-/// Multiply-adds below which a second thread is no gain.
-const PARALLEL: usize = 1 << 13;
 
 /// Operands: x `(tokens, d_inner)`, weight `(d_conv, padded d_inner)`, bias `(d_inner)`.
 pub(crate) struct Operands<'a> {
@@ -31,7 +29,7 @@ pub(crate) fn causal_conv1d(
 ) {
     let d_inner = operands.x.cols;
     let stride = d_inner.next_multiple_of(PAD);
-    let parallel = operands.x.rows * operands.weight.len() >= PARALLEL;
+    let parallel = operands.x.rows * operands.weight.len() >= parallel::CONV;
     let out = Columns::new(out, d_inner, d_inner, BLOCK);
     let state = Columns::new(state, stride, d_inner, BLOCK);
     for_each([out, state], parallel, |[mut out, mut state]| {

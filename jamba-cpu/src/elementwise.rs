@@ -1,23 +1,20 @@
 //! Sums and products element by element.
 
-use crate::simd::columns::{Block, for_each_rows};
+use crate::columns::{Block, for_each_rows, parallel};
 use crate::simd::{Isa, Simd, silu, with_simd};
-
-/// Elements below which a second thread is no gain.
-const PARALLEL: usize = 1 << 15;
 
 /// `x += y`.
 pub(crate) fn add_assign(x: &mut [f32], y: &[f32]) {
-    let parallel = x.len() >= PARALLEL;
-    for_each_rows(x, 1, PARALLEL / 4, parallel, |first, x| {
+    let parallel = x.len() >= parallel::ELEMENTS;
+    for_each_rows(x, 1, parallel::ELEMENTS / 4, parallel, |first, x| {
         x.iter_mut().zip(&y[first..]).for_each(|(x, y)| *x += y);
     });
 }
 
 /// `out (rows, n) = silu(gate) * up` where `gate_up (rows, 2n) = [gate | up]`.
 pub(crate) fn silu_mul_halves(isa: Isa, gate_up: &[f32], n: usize, out: &mut [f32]) {
-    let parallel = out.len() >= PARALLEL;
-    for_each_rows(out, n, (PARALLEL / 4 / n.max(1)).max(1), parallel, |first, out| {
+    let parallel = out.len() >= parallel::ELEMENTS;
+    for_each_rows(out, n, (parallel::ELEMENTS / 4 / n.max(1)).max(1), parallel, |first, out| {
         let gate_up = gate_up[first * 2 * n..].chunks_exact(2 * n);
         with_simd!(isa, s => {
             for (gate_up, out) in gate_up.zip(out.chunks_exact_mut(n)) {

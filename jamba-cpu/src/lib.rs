@@ -23,6 +23,7 @@
 
 mod attention;
 mod backend;
+mod columns;
 mod conv1d;
 mod elementwise;
 mod linear;

@@ -11,17 +11,15 @@ use half::bf16;
 use jamba_core::shape::Shaped;
 use jamba_core::{Precision, Result};
 
+use crate::columns::{Block, Columns, for_each, for_each_rows, parallel};
 use crate::packed::{Activations, Group, PackedRows};
-use crate::simd::columns::{Block, Columns, for_each, for_each_rows};
 use crate::simd::dots::{self, Dots, TILE_N, Turn, Widened};
-use crate::simd::int8;
 use crate::simd::integers::Integers;
+use crate::simd::quantised;
 use crate::simd::{Isa, with_integers, with_simd};
 use crate::tensor::View;
 use crate::weight::{Rows, Weight};
 
-/// Multiply-adds below which a second thread is no gain.
-pub(crate) const PARALLEL: usize = 1 << 17;
 /// Bytes of W that one task works on, which stay in the second-level cache.
 const TASK: usize = 256 << 10;
 /// Rows of x that stay in the last-level cache while all rows of W pass by.
@@ -100,7 +98,9 @@ impl Products {
             _ if self.precision == Precision::Bf16 && weight.is_packed() => {
                 let mut all = INTEGERS.take();
                 all.resize(x.rows, x.cols);
-                all.round(self.isa, x.rows, x.rows * x.cols >= PARALLEL / 4, |r| x.row(r));
+                all.round(self.isa, x.rows, x.rows * x.cols >= parallel::PRODUCTS / 4, |r| {
+                    x.row(r)
+                });
                 let int8 = Some(Rounded { all: &all, index: None, first: 0 });
                 let result = f(Operand { f32: x, bf16: None, int8 });
                 INTEGERS.set(all);
@@ -117,7 +117,7 @@ impl Products {
                 }
                 let start = buffer.as_ptr().align_offset(64).min(31);
                 let rounded = &mut buffer[start..start + len];
-                for_each_rows(rounded, stride, 16, len >= PARALLEL, |first, rows| {
+                for_each_rows(rounded, stride, 16, len >= parallel::PRODUCTS, |first, rows| {
                     for (r, to) in rows.chunks_exact_mut(stride).enumerate() {
                         s.round(x.row(first + r), &mut to[..x.cols]);
                     }
@@ -143,7 +143,8 @@ impl Products {
         let [n, k] = weight.shape();
         self.prepare(x, weight, |x| {
             for (rows, out) in panels(x.rows(), out, n) {
-                let (x, parallel) = (x.range(rows.clone()), rows.len() * k * n >= PARALLEL);
+                let (x, parallel) =
+                    (x.range(rows.clone()), rows.len() * k * n >= parallel::PRODUCTS);
                 let out = Columns::new(out, n, n, task_rows(k, n));
                 for_each([out], parallel, |[mut block]| {
                     let cols = block.cols();
@@ -340,7 +341,7 @@ impl<D: Integers> Tiles for Integer<'_, D> {
         for (i, of_x) in of_x.iter_mut().enumerate() {
             *of_x = self.x.row(m + i);
         }
-        int8::tile(self.d, of_x, self.w, w, turn)
+        quantised::tile(self.d, of_x, self.w, w, turn)
     }
 }
 

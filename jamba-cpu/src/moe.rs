@@ -7,9 +7,9 @@ use jamba_core::Result;
 use jamba_core::shape::Shaped;
 use jamba_core::weights::{Mlp, Moe};
 
+use crate::columns::{Block, Columns, for_each, for_each_group, for_each_rows, parallel};
 use crate::elementwise::silu_mul;
-use crate::linear::{PARALLEL, Products, panels, task_rows};
-use crate::simd::columns::{Block, Columns, for_each, for_each_group, for_each_rows};
+use crate::linear::{Products, panels, task_rows};
 use crate::tensor::View;
 use crate::weight::Weight;
 
@@ -77,7 +77,7 @@ pub(crate) fn moe_experts(
     let act = sized(act, uses.len() * inter);
     products.prepare(x, &weights.gate_up_proj, |x| {
         let matrix = Columns::new(act, inter, inter, task_rows(hidden, 2 * inter));
-        let parallel = uses.len() * hidden * 2 * inter >= PARALLEL;
+        let parallel = uses.len() * hidden * 2 * inter >= parallel::PRODUCTS;
         for_each_group(&matrix, ends, parallel, |g, mut block| {
             let x = x.select(&tokens[group(g)]);
             let first = experts[g] * 2 * inter;
@@ -87,7 +87,7 @@ pub(crate) fn moe_experts(
     let y = sized(y, uses.len() * hidden);
     products.prepare(View::new(act, inter), &weights.down_proj, |act| {
         let matrix = Columns::new(y, hidden, hidden, task_rows(inter, hidden));
-        let parallel = uses.len() * hidden * inter >= PARALLEL;
+        let parallel = uses.len() * hidden * inter >= parallel::PRODUCTS;
         for_each_group(&matrix, ends, parallel, |g, mut block| {
             let first = experts[g] * hidden + block.cols().start;
             products.products(act.range(group(g)), &weights.down_proj, first, &mut block);
@@ -103,7 +103,7 @@ pub(crate) fn moe_experts(
         of_token[u.token * used + seen[u.token]] = i;
         seen[u.token] += 1;
     }
-    for_each_rows(out, hidden, 16, uses.len() * hidden >= PARALLEL, |first, out| {
+    for_each_rows(out, hidden, 16, uses.len() * hidden >= parallel::PRODUCTS, |first, out| {
         for (token, out) in out.chunks_exact_mut(hidden).enumerate() {
             out.fill(0.0);
             for &i in &of_token[(first + token) * used..][..used] {
@@ -129,7 +129,7 @@ pub(crate) fn mlp(
     products.prepare(x, &weights.gate_up_proj, |x| {
         for (rows, act) in panels(tokens, act, inter) {
             let (x, parallel) =
-                (x.range(rows.clone()), rows.len() * hidden * 2 * inter >= PARALLEL);
+                (x.range(rows.clone()), rows.len() * hidden * 2 * inter >= parallel::PRODUCTS);
             let matrix = Columns::new(act, inter, inter, task_rows(hidden, 2 * inter));
             for_each([matrix], parallel, |[mut block]| {
                 gate_up(products, x, &weights.gate_up_proj, (0, inter), &mut block);

@@ -2,16 +2,13 @@
 
 use std::ops::Range;
 
-use crate::simd::columns::for_each_rows;
+use crate::columns::{for_each_rows, parallel};
 use crate::simd::{Isa, Simd, with_simd};
-
-/// Elements below which a second thread is no gain.
-const PARALLEL: usize = 1 << 15;
 
 /// Rows of as many values as there are weights.
 pub(crate) fn rms_norm(isa: Isa, x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
     let cols = weight.len();
-    let parallel = x.len() >= PARALLEL;
+    let parallel = x.len() >= parallel::ELEMENTS;
     for_each_rows(y, cols, 16, parallel, |first, y| {
         let x = x[first * cols..].chunks_exact(cols);
         for (y, x) in y.chunks_exact_mut(cols).zip(x) {

@@ -9,7 +9,7 @@ use jamba_core::quant::{BLOCK, Scales};
 use jamba_core::{Error, Packing, Quantized, Result};
 use rayon::prelude::*;
 
-use crate::simd::columns::for_each_rows;
+use crate::columns::for_each_rows;
 use crate::simd::{Isa, with_simd};
 
 /// Blocks of a group: lanes of the widest vector.

@@ -2,15 +2,13 @@
 
 use jamba_core::Batch;
 
-use crate::simd::columns::{Block, Columns, for_each};
+use crate::columns::{Block, Columns, for_each, parallel};
 use crate::simd::{Isa, Simd, exp2, silu, softplus, with_simd};
 use crate::tensor::View;
 use crate::weight::PAD;
 
 /// Channels that one task works on.
 const BLOCK: usize = 64;
-/// State updates below which a second thread is no gain.
-const PARALLEL: usize = 1 << 14;
 
 /// Operands, named as in arXiv 2312.00752.
 pub(crate) struct Operands<'a> {
@@ -49,7 +47,7 @@ pub(crate) fn selective_scan(
 ) {
     let d_inner = operands.x.cols;
     let (d_state, stride) = (operands.b.cols, operands.a.len());
-    let parallel = operands.x.rows * operands.a.len() >= PARALLEL;
+    let parallel = operands.x.rows * operands.a.len() >= parallel::SCAN;
     let y = Columns::new(y, d_inner, d_inner, BLOCK);
     let state = Columns::new(state, stride, stride, BLOCK * d_state);
     for_each([y, state], parallel, |[mut y, mut state]| {

@@ -1,5 +1,5 @@
-//! Vectors of f32 for the instruction sets of the machine: with `team`, the only unsafe code of this
-//! crate.
+//! Vectors of f32 for the instruction sets of the machine: with `columns` and `team` the only unsafe code
+//! of this crate.
 //!
 //! A [`Simd`] value is proof that the machine has its instructions: [`Isa::available`] is the only
 //! source of one for x86. Kernels are generic over it, and run inside [`Simd::vectorize`], which
@@ -13,11 +13,10 @@ mod portable;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-pub(crate) mod columns;
 pub(crate) mod dots;
-pub(crate) mod int8;
 pub(crate) mod integers;
 pub(crate) mod peak;
+pub(crate) mod quantised;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use bf16::Avx512Bf16;
@@ -189,7 +188,11 @@ impl Isa {
 
     /// Whether it multiplies bf16.
     pub(crate) fn has_bf16(self) -> bool {
-        self.name() == "avx512bf16"
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16(_) => true,
+            _ => false,
+        }
     }
 
     /// Its vectors of f32.

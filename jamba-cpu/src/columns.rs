@@ -1,9 +1,22 @@
 //! A row-major matrix handed to several threads, each some of its elements.
+#![allow(unsafe_code)]
 
 use std::marker::PhantomData;
 use std::ops::Range;
 
 use crate::team;
+
+/// Work below which a second thread is no gain.
+pub(crate) mod parallel {
+    /// Multiply-adds of products with matrices, and of attention.
+    pub(crate) const PRODUCTS: usize = 1 << 17;
+    /// Multiply-adds of the convolution.
+    pub(crate) const CONV: usize = 1 << 13;
+    /// Updates of the scan's states.
+    pub(crate) const SCAN: usize = 1 << 14;
+    /// Elements that are added, multiplied or normed.
+    pub(crate) const ELEMENTS: usize = 1 << 15;
+}
 
 /// A mutable row-major matrix, cut into blocks of columns.
 pub(crate) struct Columns<'a> {
