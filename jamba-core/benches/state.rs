@@ -37,12 +37,12 @@ fn main() {
             let read = time(&mut || {
                 values.clear();
                 for (layer, part) in parts(mamba) {
-                    values.push(backend.read_state(&state, layer, part, 0, positions).unwrap());
+                    values.push(backend.read_state(&state, layer, part, 0, 0..positions).unwrap());
                 }
             });
             let write = time(&mut || {
                 for ((layer, part), values) in parts(mamba).into_iter().zip(&values) {
-                    backend.write_state(&mut state, layer, part, 1, positions, values).unwrap();
+                    backend.write_state(&mut state, layer, part, 1, 0..positions, values).unwrap();
                 }
             });
             let bytes = 4 * values.iter().map(Vec::len).sum::<usize>();

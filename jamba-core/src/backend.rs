@@ -13,7 +13,6 @@ use crate::error::Result;
 use crate::memory;
 use crate::quant::WeightFormat;
 use crate::sampler::{Choice, Sampled};
-use crate::shape;
 use crate::tensor::Param;
 use crate::trace::Activation;
 use crate::transfer;
@@ -204,7 +203,7 @@ impl Scratch<[usize; 2]> {
 /// for prompts and single tokens. A run of length zero is allowed and changes nothing.
 ///
 /// An operator returns [`Error::Shape`](crate::Error::Shape) for operands that do not fit
-/// ([`shape`] tells which do) and then leaves its results and the state as they
+/// ([`shape`](crate::shape) tells which do) and then leaves its results and the state as they
 /// were. Otherwise it sets the row count of what it writes, and writes all of it.
 pub trait Backend: Sized {
     /// Row-major f32 activations of `(rows, columns)` on the device, allocated for a maximum
@@ -265,61 +264,26 @@ pub trait Backend: Sized {
     fn new_state(&self, config: &Config, limits: &Limits) -> Result<Self::State>;
     /// Makes a slot ready for a new sequence: convolution and SSM states become zero.
     fn reset_slot(&self, state: &mut Self::State, slot: usize) -> Result<()>;
-    /// Reads a part of the state as f32, in the layout that [`StatePart`] states. `positions` is
-    /// the length of the sequence in the slot.
+    /// Reads a part of the state as f32, in the layout that [`StatePart`] states: of keys and values
+    /// these positions; of the others all, of a sequence of `positions.end` tokens.
     fn read_state(
         &self,
         state: &Self::State,
         layer: usize,
         part: StatePart,
         slot: usize,
-        positions: usize,
+        positions: Range<usize>,
     ) -> Result<Vec<f32>>;
-    /// Writes what [`read_state`](Self::read_state) returned.
+    /// Writes what [`read_state`](Self::read_state) returned; other positions stay.
     fn write_state(
         &self,
         state: &mut Self::State,
         layer: usize,
         part: StatePart,
         slot: usize,
-        positions: usize,
+        positions: Range<usize>,
         values: &[f32],
     ) -> Result<()>;
-    /// Reads some positions of the keys or values, `(num_kv_heads, positions.len(), head_dim)`.
-    ///
-    /// Provided: reads all positions up to the last of them. Override it to read no more.
-    fn read_positions(
-        &self,
-        config: &Config,
-        state: &Self::State,
-        layer: usize,
-        part: StatePart,
-        slot: usize,
-        positions: Range<usize>,
-    ) -> Result<Vec<f32>> {
-        transfer::check(&positions)?;
-        let all = self.read_state(state, layer, part, slot, positions.end)?;
-        Ok(transfer::cut(&all, config.num_key_value_heads, positions.end, positions))
-    }
-    /// Writes what [`read_positions`](Self::read_positions) returned; earlier positions stay.
-    ///
-    /// Provided: reads the earlier positions and writes all. Override it to write no more.
-    fn write_positions(
-        &self,
-        config: &Config,
-        state: &mut Self::State,
-        layer: usize,
-        part: StatePart,
-        slot: usize,
-        positions: Range<usize>,
-        values: &[f32],
-    ) -> Result<()> {
-        transfer::check(&positions)?;
-        shape::positions(values.len(), config, positions.len())?;
-        let before = self.read_state(state, layer, part, slot, positions.start)?;
-        let all = transfer::join(&[&before, values], config.num_key_value_heads);
-        self.write_state(state, layer, part, slot, positions.end, &all)
-    }
     /// Makes slot `to` hold what slot `from` does, a sequence of `positions` tokens.
     ///
     /// Provided: through the host. Override it to copy on the device.
@@ -332,8 +296,8 @@ pub trait Backend: Sized {
         positions: usize,
     ) -> Result<()> {
         for (layer, part) in transfer::parts(config) {
-            let values = self.read_state(state, layer, part, from, positions)?;
-            self.write_state(state, layer, part, to, positions, &values)?;
+            let values = self.read_state(state, layer, part, from, 0..positions)?;
+            self.write_state(state, layer, part, to, 0..positions, &values)?;
         }
         Ok(())
     }

@@ -51,26 +51,9 @@ macro_rules! delegate_backend {
                 layer: usize,
                 part: $crate::StatePart,
                 slot: usize,
-                positions: usize,
-            ) -> $crate::Result<Vec<f32>>;
-            fn write_state(
-                state: &mut Self::State,
-                layer: usize,
-                part: $crate::StatePart,
-                slot: usize,
-                positions: usize,
-                values: &[f32],
-            ) -> $crate::Result<()>;
-            fn read_positions(
-                config: &$crate::Config,
-                state: &Self::State,
-                layer: usize,
-                part: $crate::StatePart,
-                slot: usize,
                 positions: ::std::ops::Range<usize>,
             ) -> $crate::Result<Vec<f32>>;
-            fn write_positions(
-                config: &$crate::Config,
+            fn write_state(
                 state: &mut Self::State,
                 layer: usize,
                 part: $crate::StatePart,

@@ -6,7 +6,7 @@
 //! It is meant for backends that are read: plain loops in f32. Fast ones keep parameters in their
 //! stored dtype and lay states out for their vectors.
 
-use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, Range};
 
 use crate::backend::{Cols, Limits, StatePart};
 use crate::batch::Batch;
@@ -228,7 +228,7 @@ impl State {
     /// # Errors
     /// [`Error::Batch`] if there is no such slot.
     pub fn reset(&mut self, slot: usize) -> Result<()> {
-        self.check(slot, 0)?;
+        shape::state(&self.limits, slot, &(0..0))?;
         for (kind, parts) in &mut self.layers {
             if *kind == MixerKind::Mamba {
                 for part in parts {
@@ -249,12 +249,12 @@ impl State {
         layer: usize,
         part: StatePart,
         slot: usize,
-        positions: usize,
+        positions: Range<usize>,
     ) -> Result<Vec<f32>> {
-        let index = self.part(layer, part, slot, positions)?;
+        let index = self.part(layer, part, slot, &positions)?;
         let slots = &self.layers[layer].1[index];
         let used = self.used(part, slots, positions);
-        let rows = (0..slots.shape[0]).map(|row| &slots.row(slot, row)[..used]);
+        let rows = (0..slots.shape[0]).map(|row| &slots.row(slot, row)[used.clone()]);
         Ok(rows.flatten().copied().collect())
     }
 
@@ -267,34 +267,42 @@ impl State {
         layer: usize,
         part: StatePart,
         slot: usize,
-        positions: usize,
+        positions: Range<usize>,
         values: &[f32],
     ) -> Result<()> {
-        let index = self.part(layer, part, slot, positions)?;
+        let index = self.part(layer, part, slot, &positions)?;
         let used = self.used(part, &self.layers[layer].1[index], positions);
         let slots = &mut self.layers[layer].1[index];
-        let rows = slots.shape[0];
-        if values.len() != rows * used {
-            let (expected, got) = ([1, rows * used], [1, values.len()]);
+        let (rows, cols) = (slots.shape[0], used.len());
+        if values.len() != rows * cols {
+            let (expected, got) = ([1, rows * cols], [1, values.len()]);
             return Err(Error::Shape { op: "write_state", what: "values", expected, got });
         }
         for row in 0..rows {
-            slots.row_mut(slot, row)[..used].copy_from_slice(&values[row * used..(row + 1) * used]);
+            let values = &values[row * cols..(row + 1) * cols];
+            slots.row_mut(slot, row)[used.clone()].copy_from_slice(values);
         }
         Ok(())
     }
 
     /// Columns of a row that `positions` take.
-    fn used(&self, part: StatePart, slots: &Slots, positions: usize) -> usize {
+    fn used(&self, part: StatePart, slots: &Slots, positions: Range<usize>) -> Range<usize> {
+        let width = self.config.head_dim;
         match part {
-            StatePart::Conv | StatePart::Ssm => slots.shape[1],
-            StatePart::Keys | StatePart::Values => positions * self.config.head_dim,
+            StatePart::Conv | StatePart::Ssm => 0..slots.shape[1],
+            StatePart::Keys | StatePart::Values => positions.start * width..positions.end * width,
         }
     }
 
     /// The index of a part among those of its layer.
-    fn part(&self, layer: usize, part: StatePart, slot: usize, positions: usize) -> Result<usize> {
-        self.check(slot, positions)?;
+    fn part(
+        &self,
+        layer: usize,
+        part: StatePart,
+        slot: usize,
+        positions: &Range<usize>,
+    ) -> Result<usize> {
+        shape::state(&self.limits, slot, positions)?;
         match (self.layers.get(layer).map(|(kind, _)| *kind), part) {
             (Some(MixerKind::Mamba), StatePart::Conv)
             | (Some(MixerKind::Attention), StatePart::Keys) => Ok(0),
@@ -302,18 +310,6 @@ impl State {
             | (Some(MixerKind::Attention), StatePart::Values) => Ok(1),
             _ => Err(Error::Layer { layer, what: format!("{part:?} state") }),
         }
-    }
-
-    fn check(&self, slot: usize, positions: usize) -> Result<()> {
-        let Limits { slots, context, .. } = self.limits;
-        if slot >= slots {
-            let allowed = format!("but there are {slots} slots");
-            return Err(Error::Batch { what: "slot", got: slot, allowed });
-        }
-        if positions > context {
-            return Err(Error::Context { needed: positions, allocated: context });
-        }
-        Ok(())
     }
 }
 
@@ -406,7 +402,7 @@ macro_rules! host_memory {
             layer: usize,
             part: $crate::StatePart,
             slot: usize,
-            positions: usize,
+            positions: ::std::ops::Range<usize>,
         ) -> $crate::Result<Vec<f32>> {
             state.read(layer, part, slot, positions)
         }
@@ -417,7 +413,7 @@ macro_rules! host_memory {
             layer: usize,
             part: $crate::StatePart,
             slot: usize,
-            positions: usize,
+            positions: ::std::ops::Range<usize>,
             values: &[f32],
         ) -> $crate::Result<()> {
             state.write(layer, part, slot, positions, values)

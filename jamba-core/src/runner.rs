@@ -81,40 +81,15 @@ pub trait Runner: Send {
         layer: usize,
         part: StatePart,
         slot: usize,
-        positions: usize,
+        positions: Range<usize>,
     ) -> Result<Vec<f32>>;
 
     /// [`Backend::write_state`].
     ///
     /// # Errors
-    /// [`Error::NoState`], or what the backend reports.
+    /// [`Error::NoState`], [`Error::Batch`] for keys and values at positions that do not follow what the
+    /// slot holds, or what the backend reports.
     fn write_state(
-        &mut self,
-        layer: usize,
-        part: StatePart,
-        slot: usize,
-        positions: usize,
-        values: &[f32],
-    ) -> Result<()>;
-
-    /// [`Backend::read_positions`].
-    ///
-    /// # Errors
-    /// [`Error::NoState`], or what the backend reports.
-    fn read_positions(
-        &self,
-        layer: usize,
-        part: StatePart,
-        slot: usize,
-        positions: Range<usize>,
-    ) -> Result<Vec<f32>>;
-
-    /// [`Backend::write_positions`].
-    ///
-    /// # Errors
-    /// [`Error::NoState`], [`Error::Batch`] for positions that do not follow what the slot holds, or
-    /// what the backend reports.
-    fn write_positions(
         &mut self,
         layer: usize,
         part: StatePart,
@@ -326,7 +301,7 @@ impl<B: Backend + Send + Sync + 'static> Runner for ModelRunner<B> {
         layer: usize,
         part: StatePart,
         slot: usize,
-        positions: usize,
+        positions: Range<usize>,
     ) -> Result<Vec<f32>> {
         self.check_part(layer, part)?;
         self.model.backend().read_state(&self.state, layer, part, slot, positions)
@@ -337,52 +312,23 @@ impl<B: Backend + Send + Sync + 'static> Runner for ModelRunner<B> {
         layer: usize,
         part: StatePart,
         slot: usize,
-        positions: usize,
-        values: &[f32],
-    ) -> Result<()> {
-        self.check_part(layer, part)?;
-        check_slots(&[slot], &self.limits)?;
-        let backend = self.model.backend();
-        backend.write_state(&mut self.state, layer, part, slot, positions, values)?;
-        let held = &mut self.held[slot];
-        match part {
-            StatePart::Conv | StatePart::Ssm => held.state = Some(positions),
-            StatePart::Keys | StatePart::Values => held.positions = held.positions.max(positions),
-        }
-        Ok(())
-    }
-
-    fn read_positions(
-        &self,
-        layer: usize,
-        part: StatePart,
-        slot: usize,
-        positions: Range<usize>,
-    ) -> Result<Vec<f32>> {
-        self.check_part(layer, part)?;
-        let (backend, config) = (self.model.backend(), self.model.config());
-        backend.read_positions(config, &self.state, layer, part, slot, positions)
-    }
-
-    fn write_positions(
-        &mut self,
-        layer: usize,
-        part: StatePart,
-        slot: usize,
         positions: Range<usize>,
         values: &[f32],
     ) -> Result<()> {
         self.check_part(layer, part)?;
         check_slots(&[slot], &self.limits)?;
-        let held = self.held[slot].positions;
-        if positions.start > held {
+        let (held, end) = (self.held[slot].positions, positions.end);
+        let is_mamba = matches!(part, StatePart::Conv | StatePart::Ssm);
+        if !is_mamba && positions.start > held {
             let allowed = format!("but slot {slot} has keys and values of {held}");
             return Err(Error::Batch { what: "first position", got: positions.start, allowed });
         }
-        let (backend, config) = (self.model.backend(), self.model.config());
-        let end = positions.end;
-        backend.write_positions(config, &mut self.state, layer, part, slot, positions, values)?;
-        self.held[slot].positions = held.max(end);
+        let backend = self.model.backend();
+        backend.write_state(&mut self.state, layer, part, slot, positions, values)?;
+        match is_mamba {
+            true => self.held[slot].state = Some(end),
+            false => self.held[slot].positions = held.max(end),
+        }
         Ok(())
     }
 

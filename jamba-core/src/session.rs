@@ -312,7 +312,7 @@ impl Session {
     /// # Errors
     /// [`Error::NoState`] for a layer without that part, or what the backend reports.
     pub fn read_state(&self, layer: usize, part: StatePart) -> Result<Vec<f32>> {
-        self.runner.read_state(layer, part, 0, self.position())
+        self.runner.read_state(layer, part, 0, 0..self.position())
     }
 
     /// Whether all of `tokens` can be appended; told before any of them is.

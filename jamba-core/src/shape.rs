@@ -4,8 +4,7 @@
 
 use std::ops::Range;
 
-use crate::backend::{CausalConv1d, Cols, SelectiveScan};
-use crate::config::Config;
+use crate::backend::{CausalConv1d, Cols, Limits, SelectiveScan};
 use crate::error::{Error, Result};
 use crate::tensor::{Param, Role};
 use crate::weights::Moe;
@@ -237,10 +236,24 @@ pub fn output_rows<T: Shaped>(x: &T, tokens: usize, outputs: usize, out: &T) -> 
     room("output_rows", out, outputs, cols)
 }
 
-/// Values given to [`write_positions`](crate::Backend::write_positions) for so many positions.
-pub fn positions(len: usize, config: &Config, positions: usize) -> Result<()> {
-    let expected = [1, config.kv_width().saturating_mul(positions)];
-    same("write_positions", "values", [1, len], expected)
+/// Slot and positions of [`read_state`](crate::Backend::read_state) and of what writes states.
+///
+/// # Errors
+/// [`Error::Batch`], or [`Error::Context`] for positions beyond the context.
+pub fn state(limits: &Limits, slot: usize, positions: &Range<usize>) -> Result<()> {
+    let &Limits { slots, context, .. } = limits;
+    if slot >= slots {
+        let allowed = format!("but there are {slots} slots");
+        return Err(Error::Batch { what: "slot", got: slot, allowed });
+    }
+    if positions.end > context {
+        return Err(Error::Context { needed: positions.end, allocated: context });
+    }
+    if positions.start > positions.end {
+        let allowed = format!("but it must not be after the end, {}", positions.end);
+        return Err(Error::Batch { what: "first position", got: positions.start, allowed });
+    }
+    Ok(())
 }
 
 /// Columns of [`read`](crate::Backend::read).

@@ -116,7 +116,7 @@ impl Mark {
         let mut states = Vec::new();
         for (layer, part) in transfer::parts(runner.config()) {
             if matches!(part, StatePart::Conv | StatePart::Ssm) {
-                states.push((layer, part, runner.read_state(layer, part, slot, position)?));
+                states.push((layer, part, runner.read_state(layer, part, slot, 0..position)?));
             }
         }
         Ok(Self { position, states, logits: logits.to_vec() })
@@ -124,7 +124,7 @@ impl Mark {
 
     pub(crate) fn write(&self, runner: &mut dyn Runner, slot: usize) -> Result<()> {
         for (layer, part, values) in &self.states {
-            runner.write_state(*layer, *part, slot, self.position, values)?;
+            runner.write_state(*layer, *part, slot, 0..self.position, values)?;
         }
         Ok(())
     }
@@ -292,7 +292,7 @@ impl Lineage {
         let mut parts = Vec::new();
         for (layer, part) in transfer::parts(runner.config()) {
             if matches!(part, StatePart::Keys | StatePart::Values) && !new.is_empty() {
-                let values = runner.read_positions(layer, part, slot, new.clone())?;
+                let values = runner.read_state(layer, part, slot, new.clone())?;
                 parts.push((layer, part, values));
             }
         }
@@ -327,7 +327,7 @@ impl Lineage {
             }
             for (index, (layer, part, _)) in span.segment.parts.iter().enumerate() {
                 let values = span.cut(index, skip..span.positions);
-                runner.write_positions(*layer, *part, slot, from..to, &values)?;
+                runner.write_state(*layer, *part, slot, from..to, &values)?;
             }
         }
         snapshot.0.checkpoint.write(runner, slot)?;

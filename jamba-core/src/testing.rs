@@ -156,29 +156,8 @@ impl Runner for Script {
         Ok(())
     }
 
-    fn read_state(
-        &self,
-        layer: usize,
-        part: StatePart,
-        slot: usize,
-        positions: usize,
-    ) -> Result<Vec<f32>> {
-        self.read_positions(layer, part, slot, 0..positions)
-    }
-
-    fn write_state(
-        &mut self,
-        layer: usize,
-        part: StatePart,
-        slot: usize,
-        positions: usize,
-        values: &[f32],
-    ) -> Result<()> {
-        self.write_positions(layer, part, slot, 0..positions, values)
-    }
-
     /// `(4, 1)` of convolution and scan, `(2, positions, 1)` of keys and values.
-    fn read_positions(
+    fn read_state(
         &self,
         _: usize,
         part: StatePart,
@@ -195,7 +174,7 @@ impl Runner for Script {
         })
     }
 
-    fn write_positions(
+    fn write_state(
         &mut self,
         _: usize,
         part: StatePart,

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::backend::StatePart;
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::runner::Runner;
 use crate::schedule::{MixerKind, Schedule};
 
@@ -15,15 +15,6 @@ pub(crate) fn parts(config: &Config) -> Vec<(usize, StatePart)> {
         MixerKind::Attention => [(layer, StatePart::Keys), (layer, StatePart::Values)],
     };
     Schedule::new(config).iter().map(|kind| kind.mixer).enumerate().flat_map(of).collect()
-}
-
-/// Positions in order.
-pub(crate) fn check(positions: &Range<usize>) -> Result<()> {
-    if positions.start <= positions.end {
-        return Ok(());
-    }
-    let allowed = format!("but it must not be after the end, {}", positions.end);
-    Err(Error::Batch { what: "first position", got: positions.start, allowed })
 }
 
 /// Some positions of keys or values: of `(heads, positions, width)`, `(heads, range, width)`.
@@ -68,7 +59,7 @@ pub(crate) fn gather<R: Runner + ?Sized>(
                 (to, Some(from)) => runner.copy_slot(from, to, positions)?,
                 (to, None) => {
                     for (layer, part, values) in &saved {
-                        runner.write_state(*layer, *part, to, positions, values)?;
+                        runner.write_state(*layer, *part, to, 0..positions, values)?;
                     }
                 }
             }
@@ -79,7 +70,7 @@ pub(crate) fn gather<R: Runner + ?Sized>(
         let (slot, _) = moves[0];
         saved.clear();
         for (layer, part) in parts(runner.config()) {
-            saved.push((layer, part, runner.read_state(layer, part, slot, positions)?));
+            saved.push((layer, part, runner.read_state(layer, part, slot, 0..positions)?));
         }
         moves.iter_mut().filter(|(_, from)| *from == Some(slot)).for_each(|m| m.1 = None);
     }

@@ -195,38 +195,13 @@ impl Backend for CpuBackend {
         layer: usize,
         part: StatePart,
         slot: usize,
-        positions: usize,
-    ) -> Result<Vec<f32>> {
-        state.read(layer, part, slot, 0..positions)
-    }
-
-    fn write_state(
-        &self,
-        state: &mut State,
-        layer: usize,
-        part: StatePart,
-        slot: usize,
-        positions: usize,
-        values: &[f32],
-    ) -> Result<()> {
-        state.write(layer, part, slot, 0..positions, values)
-    }
-
-    fn read_positions(
-        &self,
-        _config: &Config,
-        state: &State,
-        layer: usize,
-        part: StatePart,
-        slot: usize,
         positions: Range<usize>,
     ) -> Result<Vec<f32>> {
         state.read(layer, part, slot, positions)
     }
 
-    fn write_positions(
+    fn write_state(
         &self,
-        _config: &Config,
         state: &mut State,
         layer: usize,
         part: StatePart,

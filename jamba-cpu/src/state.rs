@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use jamba_core::host::zeros;
 use jamba_core::schedule::{MixerKind, Schedule};
+use jamba_core::shape;
 use jamba_core::{Batch, Config, Error, Limits, Result, StatePart, memory};
 
 use crate::tensor::View;
@@ -199,7 +200,7 @@ impl State {
     }
 
     pub(crate) fn reset(&mut self, slot: usize) -> Result<()> {
-        self.check(slot, &(0..0))?;
+        shape::state(&self.limits, slot, &(0..0))?;
         for layer in &mut self.layers {
             if let LayerState::Mamba { conv, ssm } = layer {
                 conv.slot(slot).fill(0.0);
@@ -217,7 +218,7 @@ impl State {
         slot: usize,
         positions: Range<usize>,
     ) -> Result<Vec<f32>> {
-        self.check(slot, &positions)?;
+        shape::state(&self.limits, slot, &positions)?;
         match (self.layers.get(layer), part) {
             (Some(LayerState::Mamba { conv, .. }), StatePart::Conv) => Ok(conv.read(slot)),
             (Some(LayerState::Mamba { ssm, .. }), StatePart::Ssm) => Ok(ssm.read(slot)),
@@ -239,7 +240,7 @@ impl State {
         positions: Range<usize>,
         values: &[f32],
     ) -> Result<()> {
-        self.check(slot, &positions)?;
+        shape::state(&self.limits, slot, &positions)?;
         match (self.layers.get_mut(layer), part) {
             (Some(LayerState::Mamba { conv, .. }), StatePart::Conv) => conv.write(slot, values),
             (Some(LayerState::Mamba { ssm, .. }), StatePart::Ssm) => ssm.write(slot, values),
@@ -260,8 +261,9 @@ impl State {
 
     /// Makes slot `to` hold what slot `from` does, a sequence of `positions` tokens.
     pub(crate) fn copy(&mut self, from: usize, to: usize, positions: usize) -> Result<()> {
-        self.check(from, &(0..positions))?;
-        self.check(to, &(0..positions))?;
+        for slot in [from, to] {
+            shape::state(&self.limits, slot, &(0..positions))?;
+        }
         for layer in &mut self.layers {
             match layer {
                 LayerState::Mamba { conv, ssm } => {
@@ -270,22 +272,6 @@ impl State {
                 }
                 LayerState::Attention(cache) => cache.copy(from, to, &(0..positions)),
             }
-        }
-        Ok(())
-    }
-
-    fn check(&self, slot: usize, positions: &Range<usize>) -> Result<()> {
-        let &Limits { slots, context, .. } = &self.limits;
-        if slot >= slots {
-            let allowed = format!("but there are {slots} slots");
-            return Err(Error::Batch { what: "slot", got: slot, allowed });
-        }
-        if positions.end > context {
-            return Err(Error::Context { needed: positions.end, allocated: context });
-        }
-        if positions.start > positions.end {
-            let allowed = format!("but it must not be after the end, {}", positions.end);
-            return Err(Error::Batch { what: "first position", got: positions.start, allowed });
         }
         Ok(())
     }

@@ -303,38 +303,13 @@ impl Backend for CudaBackend {
         layer: usize,
         part: StatePart,
         slot: usize,
-        positions: usize,
-    ) -> Result<Vec<f32>> {
-        state.read(&self.device, layer, part, slot, 0..positions)
-    }
-
-    fn write_state(
-        &self,
-        state: &mut State,
-        layer: usize,
-        part: StatePart,
-        slot: usize,
-        positions: usize,
-        values: &[f32],
-    ) -> Result<()> {
-        state.write(&self.device, layer, part, slot, 0..positions, values)
-    }
-
-    fn read_positions(
-        &self,
-        _: &Config,
-        state: &State,
-        layer: usize,
-        part: StatePart,
-        slot: usize,
         positions: Range<usize>,
     ) -> Result<Vec<f32>> {
         state.read(&self.device, layer, part, slot, positions)
     }
 
-    fn write_positions(
+    fn write_state(
         &self,
-        _: &Config,
         state: &mut State,
         layer: usize,
         part: StatePart,

@@ -4,6 +4,7 @@
 pub(crate) mod models;
 
 use std::fmt;
+use std::ops::Range;
 
 use jamba_core::recording::Recorded;
 use jamba_core::schedule::{MixerKind, Schedule};
@@ -57,7 +58,7 @@ pub trait LayerRunner {
         layer: usize,
         part: StatePart,
         slot: usize,
-        positions: usize,
+        positions: Range<usize>,
     ) -> Result<Vec<f32>>;
 
     /// [`Backend::write_state`].
@@ -69,7 +70,7 @@ pub trait LayerRunner {
         layer: usize,
         part: StatePart,
         slot: usize,
-        positions: usize,
+        positions: Range<usize>,
         values: &[f32],
     ) -> Result<()>;
 }
@@ -141,7 +142,7 @@ impl<B: Backend> LayerRunner for Layers<B> {
         layer: usize,
         part: StatePart,
         slot: usize,
-        positions: usize,
+        positions: Range<usize>,
     ) -> Result<Vec<f32>> {
         self.model.backend().read_state(&self.state, layer, part, slot, positions)
     }
@@ -151,7 +152,7 @@ impl<B: Backend> LayerRunner for Layers<B> {
         layer: usize,
         part: StatePart,
         slot: usize,
-        positions: usize,
+        positions: Range<usize>,
         values: &[f32],
     ) -> Result<()> {
         let b = self.model.backend();
@@ -228,8 +229,8 @@ pub fn lockstep(
             };
             for run in batch.runs() {
                 for part in parts {
-                    let values = a.read_state(layer, part, run.slot, run.position)?;
-                    b.write_state(layer, part, run.slot, run.position, &values)?;
+                    let values = a.read_state(layer, part, run.slot, 0..run.position)?;
+                    b.write_state(layer, part, run.slot, 0..run.position, &values)?;
                 }
             }
             let (next, got) = (a.layer(layer, &hidden)?, b.layer(layer, &hidden)?);
@@ -238,8 +239,8 @@ pub fn lockstep(
             for run in batch.runs() {
                 for part in parts {
                     let held = run.position + run.len;
-                    let expected = a.read_state(layer, part, run.slot, held)?;
-                    let got = b.read_state(layer, part, run.slot, held)?;
+                    let expected = a.read_state(layer, part, run.slot, 0..held)?;
+                    let got = b.read_state(layer, part, run.slot, 0..held)?;
                     let shape = part_shape(&config, part, held);
                     add(step, part_name(part), &shape, &got, &expected);
                 }

@@ -82,7 +82,7 @@ impl<'a, B: Backend> Bench<'a, B> {
         for (layer, part) in bench::parts(&config) {
             for slot in 0..LIMITS.slots {
                 let n = bench::part_shape(&config, part, LIMITS.context).iter().product();
-                b.write_state(&mut state, layer, part, slot, LIMITS.context, &values(n))?;
+                b.write_state(&mut state, layer, part, slot, 0..LIMITS.context, &values(n))?;
             }
         }
         let mut batch = Batch::new();

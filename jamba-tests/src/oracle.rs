@@ -159,7 +159,7 @@ impl Backend for OracleBackend {
         layer: usize,
         part: StatePart,
         slot: usize,
-        positions: usize,
+        positions: Range<usize>,
     ) -> Result<Vec<f32>> {
         state.read(layer, part, slot, positions)
     }
@@ -170,7 +170,7 @@ impl Backend for OracleBackend {
         layer: usize,
         part: StatePart,
         slot: usize,
-        positions: usize,
+        positions: Range<usize>,
         values: &[f32],
     ) -> Result<()> {
         state.write(layer, part, slot, positions, values)

@@ -307,8 +307,8 @@ fn slots_are_gathered_all_at_once() {
         }
         runner.step(&batch).unwrap();
         let read = |runner: &dyn jamba_core::Runner, slot| {
-            let ssm = runner.read_state(0, StatePart::Ssm, slot, 3).unwrap();
-            [ssm, runner.read_state(4, StatePart::Keys, slot, 3).unwrap()]
+            let ssm = runner.read_state(0, StatePart::Ssm, slot, 0..3).unwrap();
+            [ssm, runner.read_state(4, StatePart::Keys, slot, 0..3).unwrap()]
         };
         let before: Vec<_> = (0..5).map(|slot| read(&*runner, slot)).collect();
         runner.gather(&sources, 3).unwrap();
@@ -352,12 +352,12 @@ fn a_step_at_another_position_is_refused() {
         runner.copy_slot(0, 1, 3).unwrap();
         runner.step(&single(1, 3, &[8])).unwrap();
         let expected = runner.logits().unwrap();
-        let ssm = runner.read_state(0, StatePart::Ssm, 0, 3).unwrap();
-        let conv = runner.read_state(0, StatePart::Conv, 0, 3).unwrap();
-        runner.write_state(0, StatePart::Ssm, 0, 2, &ssm).unwrap();
+        let ssm = runner.read_state(0, StatePart::Ssm, 0, 0..3).unwrap();
+        let conv = runner.read_state(0, StatePart::Conv, 0, 0..3).unwrap();
+        runner.write_state(0, StatePart::Ssm, 0, 0..2, &ssm).unwrap();
         refused(runner, &single(0, 3, &[8]), "slot 0 holds 2 tokens");
-        runner.write_state(0, StatePart::Ssm, 0, 3, &ssm).unwrap();
-        runner.write_state(0, StatePart::Conv, 0, 3, &conv).unwrap();
+        runner.write_state(0, StatePart::Ssm, 0, 0..3, &ssm).unwrap();
+        runner.write_state(0, StatePart::Conv, 0, 0..3, &conv).unwrap();
         runner.step(&single(0, 3, &[8])).unwrap();
         assert_eq!(runner.logits().unwrap(), expected);
         runner.reset(0).unwrap();
@@ -374,10 +374,10 @@ fn a_step_at_another_position_is_refused() {
     runner.step(&single(1, 0, &[5, 6, 7])).unwrap();
     assert_eq!(runner.logits().unwrap(), expected);
     refused(runner, &single(0, 4, &[8]), "slot 0 holds 3 tokens");
-    let keys = runner.read_positions(0, StatePart::Keys, 0, 0..1).unwrap();
-    let beyond = runner.write_positions(0, StatePart::Keys, 0, 5..6, &keys).unwrap_err();
+    let keys = runner.read_state(0, StatePart::Keys, 0, 0..1).unwrap();
+    let beyond = runner.write_state(0, StatePart::Keys, 0, 5..6, &keys).unwrap_err();
     assert!(beyond.to_string().contains("slot 0 has keys and values of 3"), "{beyond}");
-    assert!(runner.write_positions(0, StatePart::Keys, 9, 0..1, &keys).is_err());
+    assert!(runner.write_state(0, StatePart::Keys, 9, 0..1, &keys).is_err());
 }
 
 /// A part that a layer does not have, or that is not there, is named; nothing panics.

@@ -162,7 +162,7 @@ impl Backend for ReferenceBackend {
         layer: usize,
         part: StatePart,
         slot: usize,
-        positions: usize,
+        positions: Range<usize>,
     ) -> Result<Vec<f32>> {
         state.read(layer, part, slot, positions)
     }
@@ -173,7 +173,7 @@ impl Backend for ReferenceBackend {
         layer: usize,
         part: StatePart,
         slot: usize,
-        positions: usize,
+        positions: Range<usize>,
         values: &[f32],
     ) -> Result<()> {
         state.write(layer, part, slot, positions, values)

@@ -1,8 +1,11 @@
 //! Convolution and SSM states, KV cache and the staged batch.
 
+use std::ops::Range;
+
 use jamba_core::backend::{Limits, StatePart};
 use jamba_core::host::zeros;
 use jamba_core::schedule::{MixerKind, Schedule};
+use jamba_core::shape;
 use jamba_core::{Batch, Config, Error, Result};
 use ndarray::{Array, Array3, Array4, ArrayViewMutD, Dimension, IntoDimension, s};
 
@@ -10,8 +13,7 @@ use ndarray::{Array, Array3, Array4, ArrayViewMutD, Dimension, IntoDimension, s}
 pub struct ReferenceState {
     pub(super) batch: Batch,
     layers: Vec<LayerState>,
-    slots: usize,
-    context: usize,
+    limits: Limits,
 }
 
 enum LayerState {
@@ -60,7 +62,7 @@ impl ReferenceState {
         };
         let schedule = Schedule::new(config);
         let layers = schedule.iter().map(|kind| layer(kind.mixer)).collect::<Result<_>>()?;
-        Ok(Self { batch: Batch::new(), layers, slots, context })
+        Ok(Self { batch: Batch::new(), layers, limits: *limits })
     }
 
     pub(super) fn conv(&mut self, layer: usize) -> Result<(&Batch, &mut Array3<f32>)> {
@@ -85,7 +87,7 @@ impl ReferenceState {
     }
 
     pub(super) fn reset(&mut self, slot: usize) -> Result<()> {
-        self.check(slot, 0)?;
+        shape::state(&self.limits, slot, &(0..0))?;
         for layer in &mut self.layers {
             if let LayerState::Mamba { conv, ssm } = layer {
                 conv.slice_mut(s![slot, .., ..]).fill(0.0);
@@ -100,9 +102,9 @@ impl ReferenceState {
         layer: usize,
         part: StatePart,
         slot: usize,
-        positions: usize,
+        positions: Range<usize>,
     ) -> Result<Vec<f32>> {
-        self.check(slot, positions)?;
+        shape::state(&self.limits, slot, &positions)?;
         let values = match (self.layers.get(layer), part) {
             (Some(LayerState::Mamba { conv, .. }), StatePart::Conv) => {
                 conv.slice(s![slot, .., ..]).iter().copied().collect()
@@ -111,10 +113,10 @@ impl ReferenceState {
                 ssm.slice(s![slot, .., ..]).iter().copied().collect()
             }
             (Some(LayerState::Attention(cache)), StatePart::Keys) => {
-                cache.keys.slice(s![slot, .., ..positions, ..]).iter().copied().collect()
+                cache.keys.slice(s![slot, .., positions, ..]).iter().copied().collect()
             }
             (Some(LayerState::Attention(cache)), StatePart::Values) => {
-                cache.values.slice(s![slot, .., ..positions, ..]).iter().copied().collect()
+                cache.values.slice(s![slot, .., positions, ..]).iter().copied().collect()
             }
             _ => return Err(no_such_state(layer, part)),
         };
@@ -126,10 +128,10 @@ impl ReferenceState {
         layer: usize,
         part: StatePart,
         slot: usize,
-        positions: usize,
+        positions: Range<usize>,
         values: &[f32],
     ) -> Result<()> {
-        self.check(slot, positions)?;
+        shape::state(&self.limits, slot, &positions)?;
         let mut target: ArrayViewMutD<'_, f32> = match (self.layers.get_mut(layer), part) {
             (Some(LayerState::Mamba { conv, .. }), StatePart::Conv) => {
                 conv.slice_mut(s![slot, .., ..]).into_dyn()
@@ -138,10 +140,10 @@ impl ReferenceState {
                 ssm.slice_mut(s![slot, .., ..]).into_dyn()
             }
             (Some(LayerState::Attention(cache)), StatePart::Keys) => {
-                cache.keys.slice_mut(s![slot, .., ..positions, ..]).into_dyn()
+                cache.keys.slice_mut(s![slot, .., positions, ..]).into_dyn()
             }
             (Some(LayerState::Attention(cache)), StatePart::Values) => {
-                cache.values.slice_mut(s![slot, .., ..positions, ..]).into_dyn()
+                cache.values.slice_mut(s![slot, .., positions, ..]).into_dyn()
             }
             _ => return Err(no_such_state(layer, part)),
         };
@@ -150,17 +152,6 @@ impl ReferenceState {
             return Err(Error::Shape { op: "write_state", what: "values", expected, got });
         }
         target.iter_mut().zip(values).for_each(|(to, from)| *to = *from);
-        Ok(())
-    }
-
-    fn check(&self, slot: usize, positions: usize) -> Result<()> {
-        if slot >= self.slots {
-            let allowed = format!("but there are {} slots", self.slots);
-            return Err(Error::Batch { what: "slot", got: slot, allowed });
-        }
-        if positions > self.context {
-            return Err(Error::Context { needed: positions, allocated: self.context });
-        }
         Ok(())
     }
 }

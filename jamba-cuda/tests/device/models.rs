@@ -225,14 +225,14 @@ fn copied(backend: CudaBackend) -> Result<(), Failed> {
     runner.copy_slot(2, 0, tokens.len())?;
     let (kv_heads, head_dim) = (config.num_key_value_heads, config.head_dim);
     for part in [StatePart::Keys, StatePart::Values] {
-        let all = runner.read_state(2, part, 2, tokens.len())?;
-        let some = runner.read_positions(2, part, 0, 5..17)?;
+        let all = runner.read_state(2, part, 2, 0..tokens.len())?;
+        let some = runner.read_state(2, part, 0, 5..17)?;
         let heads = all.chunks_exact(tokens.len() * head_dim);
         let expected: Vec<f32> =
             heads.flat_map(|head| &head[5 * head_dim..17 * head_dim]).copied().collect();
         let is_same = some.len() == 12 * kv_heads * head_dim && some == expected;
         check(is_same, format!("positions 5 to 17 of {part:?} differ"))?;
-        runner.write_positions(2, part, 0, 5..17, &some)?;
+        runner.write_state(2, part, 0, 5..17, &some)?;
     }
     let mut batch = Batch::new();
     [2, 0].into_iter().for_each(|slot| batch.push(slot, tokens.len(), &[7], Outputs::Last));

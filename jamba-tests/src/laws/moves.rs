@@ -32,7 +32,7 @@ pub(super) fn read_positions<P: Sequential, B: Backend>(
 ) -> Result<Vec<Comparison>> {
     let mut play = Play::new(p, b)?;
     play.step(&play.all())?;
-    let (config, states) = (p.config(), play.states()?);
+    let states = play.states()?;
     let (mut got, mut expected) = (Recording::default(), Recording::default());
     for (layer, part) in caches(p) {
         for (seq, &slot) in play.slots.iter().enumerate() {
@@ -40,7 +40,7 @@ pub(super) fn read_positions<P: Sequential, B: Backend>(
             let from = random.below(to + 1);
             let name = bench::state_name(layer, part, seq);
             let some = cut(&states.tensors[&name], from, to);
-            let values = b.read_positions(&config, &play.state, layer, part, slot, from..to)?;
+            let values = b.read_state(&play.state, layer, part, slot, from..to)?;
             got.tensors.insert(name.clone(), Recorded { shape: some.shape.clone(), values });
             expected.tensors.insert(name, some);
         }
@@ -55,7 +55,7 @@ pub(super) fn write_positions<P: Sequential, B: Backend>(
 ) -> Result<Vec<Comparison>> {
     let mut original = Play::new(p, b)?;
     original.step(&original.all())?;
-    let (config, states) = (p.config(), original.states()?);
+    let states = original.states()?;
     // Another state holds nonsense, then the first positions, and then the rest in two pieces.
     let mut other = original.restored(&original.slots, &states)?;
     for (layer, part) in caches(p) {
@@ -66,10 +66,10 @@ pub(super) fn write_positions<P: Sequential, B: Backend>(
             let second = random.below(held + 1);
             let first = random.below(second + 1);
             let state = &mut other.state;
-            b.write_state(state, layer, part, slot, first, &cut(all, 0, first).values)?;
+            b.write_state(state, layer, part, slot, 0..first, &cut(all, 0, first).values)?;
             for (from, to) in [(first, second), (second, held)] {
                 let values = cut(all, from, to).values;
-                b.write_positions(&config, state, layer, part, slot, from..to, &values)?;
+                b.write_state(state, layer, part, slot, from..to, &values)?;
             }
         }
     }
@@ -102,7 +102,7 @@ pub(super) fn copy_slot<P: Sequential, B: Backend>(
     let held = copied.positions(seq);
     for (layer, part) in bench::parts(&config) {
         let n = bench::part_shape(&config, part, held).iter().product();
-        b.write_state(&mut copied.state, layer, part, spare, held, &vec![512.0; n])?;
+        b.write_state(&mut copied.state, layer, part, spare, 0..held, &vec![512.0; n])?;
     }
     b.copy_slot(&config, &mut copied.state, from, spare, held)?;
     let left = copied.states()?;

@@ -98,7 +98,7 @@ impl<'a, P: Sequential, B: Backend> Play<'a, P, B> {
         values: &[f32],
     ) -> Result<()> {
         let (slot, positions) = (self.slots[seq], self.positions(seq));
-        self.b.write_state(&mut self.state, layer, part, slot, positions, values)
+        self.b.write_state(&mut self.state, layer, part, slot, 0..positions, values)
     }
 
     /// Tokens that a sequence holds.
@@ -155,7 +155,7 @@ impl<'a, P: Sequential, B: Backend> Play<'a, P, B> {
         for (layer, part) in bench::parts(&config) {
             for (seq, &slot) in self.slots.iter().enumerate() {
                 let positions = self.positions(seq);
-                let values = self.b.read_state(&self.state, layer, part, slot, positions)?;
+                let values = self.b.read_state(&self.state, layer, part, slot, 0..positions)?;
                 let shape = bench::part_shape(&config, part, positions);
                 let name = bench::state_name(layer, part, seq);
                 all.tensors.insert(name, Recorded { shape, values });

@@ -106,10 +106,10 @@ fn state<B: Backend>(t: &mut Bench<'_, B>) -> Result<()> {
     ];
     for (what, layer, part, slot, positions) in nowhere {
         t.refuses(&format!("read_state: {what}"), Refusal, |b, state| {
-            b.read_state(state, layer, part, slot, positions)
+            b.read_state(state, layer, part, slot, 0..positions)
         })?;
         t.refuses(&format!("write_state: {what}"), Refusal, |b, state| {
-            b.write_state(state, layer, part, slot, positions, &[0.0; 4])
+            b.write_state(state, layer, part, slot, 0..positions, &[0.0; 4])
         })?;
     }
     let lengths = [
@@ -122,7 +122,7 @@ fn state<B: Backend>(t: &mut Bench<'_, B>) -> Result<()> {
         for wrong in [0, n - 1, n + 1, n + width] {
             let what = format!("write_state: {part:?} of {wrong} values instead of {n}");
             t.refuses(&what, Shape, |b, state| {
-                b.write_state(state, layer, part, 0, 2, &vec![0.0; wrong])
+                b.write_state(state, layer, part, 0, 0..2, &vec![0.0; wrong])
             })?;
         }
     }
@@ -133,20 +133,18 @@ fn state<B: Backend>(t: &mut Bench<'_, B>) -> Result<()> {
         t.refuses(&what, Refusal, copy)?;
     }
     for range in [6..context + 1, INVERTED, usize::MAX - 1..usize::MAX] {
-        let what = format!("read_positions: {range:?} of {context}");
-        t.refuses(&what, Refusal, |b, s| {
-            b.read_positions(&config, s, ATTENTION, Keys, 0, range.clone())
-        })?;
+        let what = format!("read_state: {range:?} of {context}");
+        t.refuses(&what, Refusal, |b, s| b.read_state(s, ATTENTION, Keys, 0, range.clone()))?;
         let n = range.len().min(8) * width;
-        let what = format!("write_positions: {range:?} of {context}");
+        let what = format!("write_state: {range:?} of {context}");
         t.refuses(&what, Refusal, |b, s| {
-            b.write_positions(&config, s, ATTENTION, Keys, 0, range.clone(), &vec![0.0; n])
+            b.write_state(s, ATTENTION, Keys, 0, range.clone(), &vec![0.0; n])
         })?;
     }
     for wrong in [0, 2 * width - 1, 2 * width + 1, 2 * width + kv] {
-        let what = format!("write_positions: {wrong} values instead of {}", 2 * width);
+        let what = format!("write_state: {wrong} values instead of {}", 2 * width);
         t.refuses(&what, Shape, |b, s| {
-            b.write_positions(&config, s, ATTENTION, Values, 1, 2..4, &vec![0.0; wrong])
+            b.write_state(s, ATTENTION, Values, 1, 2..4, &vec![0.0; wrong])
         })?;
     }
     for limits in [Limits { context: usize::MAX, ..LIMITS }, Limits { slots: usize::MAX, ..LIMITS }]

@@ -55,9 +55,9 @@ impl<B: Backend> Mutant<B> {
         mut f: impl FnMut(&mut [f32]),
     ) -> Result<()> {
         for run in state.batch.runs().iter().filter(|run| run.len > 0) {
-            let mut values = self.inner.read_state(&state.inner, layer, part, run.slot, 0)?;
+            let mut values = self.inner.read_state(&state.inner, layer, part, run.slot, 0..0)?;
             f(&mut values);
-            self.inner.write_state(&mut state.inner, layer, part, run.slot, 0, &values)?;
+            self.inner.write_state(&mut state.inner, layer, part, run.slot, 0..0, &values)?;
         }
         Ok(())
     }
@@ -159,7 +159,7 @@ impl<B: Backend> Backend for Mutant<B> {
         layer: usize,
         part: StatePart,
         slot: usize,
-        positions: usize,
+        positions: Range<usize>,
     ) -> Result<Vec<f32>> {
         self.inner.read_state(&state.inner, layer, part, slot, positions)
     }
@@ -170,7 +170,7 @@ impl<B: Backend> Backend for Mutant<B> {
         layer: usize,
         part: StatePart,
         slot: usize,
-        positions: usize,
+        positions: Range<usize>,
         values: &[f32],
     ) -> Result<()> {
         let mut values = values.to_vec();

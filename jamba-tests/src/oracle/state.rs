@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use jamba_core::schedule::{MixerKind, Schedule};
+use jamba_core::shape;
 use jamba_core::{Batch, Config, Error, Limits, Result, StatePart};
 
 /// State of all layers and slots, and the staged batch.
@@ -94,7 +95,7 @@ impl OracleState {
         for layer in 0..self.layers.len() {
             for part in [StatePart::Conv, StatePart::Ssm] {
                 if let LayerState::Mamba { .. } = self.layers[layer] {
-                    self.values(layer, part, slot, 0)?.into_iter().for_each(|v| *v = 0.0);
+                    self.values(layer, part, slot, 0..0)?.into_iter().for_each(|v| *v = 0.0);
                 }
             }
         }
@@ -106,7 +107,7 @@ impl OracleState {
         layer: usize,
         part: StatePart,
         slot: usize,
-        positions: usize,
+        positions: Range<usize>,
     ) -> Result<Vec<f32>> {
         // A copy of the oracle's small states costs less than saying everything twice.
         let mut copy = self.clone();
@@ -118,7 +119,7 @@ impl OracleState {
         layer: usize,
         part: StatePart,
         slot: usize,
-        positions: usize,
+        positions: Range<usize>,
         values: &[f32],
     ) -> Result<()> {
         let target = self.values(layer, part, slot, positions)?;
@@ -136,16 +137,10 @@ impl OracleState {
         layer: usize,
         part: StatePart,
         slot: usize,
-        positions: usize,
+        positions: Range<usize>,
     ) -> Result<Vec<&mut f64>> {
+        shape::state(&self.limits, slot, &positions)?;
         let Limits { slots, context, .. } = self.limits;
-        if slot >= slots {
-            let allowed = format!("but there are {slots} slots");
-            return Err(Error::Batch { what: "slot", got: slot, allowed });
-        }
-        if positions > context {
-            return Err(Error::Context { needed: positions, allocated: context });
-        }
         let of_slot = |all: &mut Vec<f64>| {
             let len = all.len() / slots;
             slot * len..(slot + 1) * len
@@ -162,9 +157,10 @@ impl OracleState {
             (Some(LayerState::Attention(cache)), StatePart::Keys | StatePart::Values) => {
                 let [_, _, head_dim] = cache.heads;
                 let all = if part == StatePart::Keys { &mut cache.keys } else { &mut cache.values };
-                let range = of_slot(all);
-                let heads = all[range].chunks_exact_mut(context * head_dim);
-                Ok(heads.flat_map(|head| &mut head[..positions * head_dim]).collect())
+                let slot = of_slot(all);
+                let range = positions.start * head_dim..positions.end * head_dim;
+                let heads = all[slot].chunks_exact_mut(context * head_dim);
+                Ok(heads.flat_map(|head| &mut head[range.clone()]).collect())
             }
             _ => Err(none(layer, part)),
         }

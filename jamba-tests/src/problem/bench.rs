@@ -149,10 +149,10 @@ pub(crate) fn state<B: Backend>(
             let past = ragged.past(slot);
             if matches!(part, StatePart::Keys | StatePart::Values) {
                 let nonsense = vec![512.0; limits.context * config.kv_width()];
-                b.write_state(&mut state, layer, part, slot, limits.context, &nonsense)?;
+                b.write_state(&mut state, layer, part, slot, 0..limits.context, &nonsense)?;
             }
             if let Some(values) = inputs.tensors.get(&state_name(layer, part, slot)) {
-                b.write_state(&mut state, layer, part, slot, past, &values.values)?;
+                b.write_state(&mut state, layer, part, slot, 0..past, &values.values)?;
             }
         }
     }
@@ -170,7 +170,7 @@ pub(crate) fn read_states<B: Backend>(
     let parts = parts(config);
     for (slot, positions) in held {
         for &(layer, part) in &parts {
-            let values = b.read_state(state, layer, part, slot, positions)?;
+            let values = b.read_state(state, layer, part, slot, 0..positions)?;
             let recorded = Recorded { shape: part_shape(config, part, positions), values };
             out.tensors.insert(state_name(layer, part, slot), recorded);
         }
