@@ -286,6 +286,11 @@ impl Engine {
         self.0.shared.stats()
     }
 
+    /// Whether it takes requests: not after [`shutdown`](Self::shutdown), nor if its thread has ended.
+    pub fn is_running(&self) -> bool {
+        self.0.shared.is_open()
+    }
+
     /// Takes no more requests, and waits until those that were accepted have ended. On the engine's
     /// own thread, where wakers run, it does not wait.
     pub fn shutdown(&self) {

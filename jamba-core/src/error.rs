@@ -1,5 +1,6 @@
 //! What can go wrong, with the facts that say what to do about it.
 
+use std::any::Any;
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
@@ -359,6 +360,12 @@ pub enum Error {
         /// What the backend reported.
         source: std::sync::Arc<Error>,
     },
+    /// What was done for one request of an engine panicked: a defect, which the others do not feel.
+    #[error("a defect: what was done for this request panicked ({reason})")]
+    Panic {
+        /// What the panic said.
+        reason: String,
+    },
     /// The backend does not do this.
     #[error("the {backend} backend does not support {what}")]
     Unsupported {
@@ -375,6 +382,13 @@ pub enum Error {
         /// What it said.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+}
+
+/// What a panic said.
+pub(crate) fn said(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+    text.unwrap_or_else(|| "no message".into())
 }
 
 /// Text as a message shows it that came from a file: what would move the cursor, colour a terminal

@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use serde_json::Value;
 use tokenizers::models::ModelWrapper;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, said};
 use crate::fields::Fields;
 use crate::files::{missing, read_file, read_json};
 
@@ -288,9 +288,7 @@ fn guarded<T>(path: &Path, work: impl FnOnce() -> tokenizers::Result<T>) -> Resu
     match catch_unwind(AssertUnwindSafe(work)) {
         Ok(result) => result.map_err(|e| refused(path, e)),
         Err(panic) => {
-            let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-            let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
-            let text = text.unwrap_or_else(|| "no message".into());
+            let text = said(&*panic);
             Err(refused(path, format!("it made the tokenizers crate panic ({text})")))
         }
     }

@@ -125,6 +125,10 @@ impl Shared {
         drop(jobs);
     }
 
+    pub(super) fn is_open(&self) -> bool {
+        !self.lock().closed
+    }
+
     /// `stats` become known.
     pub(super) fn publish(&self, stats: EngineStats) {
         self.lock().stats = stats;

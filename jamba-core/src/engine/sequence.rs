@@ -1,11 +1,12 @@
 //! One request while it has a slot.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
 use super::channel::Sender;
 use super::queue::Job;
 use super::stream::{Event, RequestUsage};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, said};
 use crate::generate::{CancelToken, FinishReason, Writer};
 use crate::logprobs::{Scored, scored};
 use crate::sampler::{Choice, Sampled};
@@ -68,6 +69,13 @@ pub(super) enum Next {
     Finished(FinishReason),
     /// Nobody listens any more.
     Unheard,
+}
+
+/// Does what is of one request only: if it panics, that request fails, and the engine goes on. What
+/// it leaves half done is of a sequence that ends.
+pub(super) fn apart<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let done = catch_unwind(AssertUnwindSafe(work));
+    done.unwrap_or_else(|panic| Err(Error::Panic { reason: said(&*panic) }))
 }
 
 impl Sequence {
@@ -194,6 +202,8 @@ impl Sequence {
 
     /// Takes the next token. `is_full` says that the slot has no room for it.
     pub(super) fn write(&mut self, last: Told<'_>, is_full: bool) -> Result<Next> {
+        #[cfg(test)]
+        assert!(self.prompt != super::worker::tests::PANICS, "this is part of the test");
         let (piece, reason) = match last {
             Told::Logits(logits) if !logits.iter().all(|v| v.is_finite()) => {
                 return Err(Error::NonFinite { position: self.position });
@@ -216,7 +226,7 @@ impl Sequence {
     /// Tells the end; after a cancellation, with the text that was held back.
     pub(super) fn finish(&mut self, reason: FinishReason) {
         if reason == FinishReason::Cancelled
-            && let Ok(Some(piece)) = self.writer.rest()
+            && let Ok(Some(piece)) = apart(|| self.writer.rest())
         {
             self.events.send(Event::Piece(piece));
         }

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::prefix::PrefixCache;
 use super::queue::{EngineStats, Job, Shared};
-use super::sequence::{Next, Sequence, Told};
+use super::sequence::{Next, Sequence, Told, apart};
 use super::stream::Event;
 use crate::batch::{Batch, Outputs};
 use crate::error::{Error, Result};
@@ -145,9 +145,9 @@ impl Worker {
 
     /// Gives a request a slot, and the longest stored state that begins its prompt.
     fn start(&mut self, job: Job) {
-        let writer =
-            Writer::new(self.tokenizer.as_ref(), self.runner.config(), job.options.clone());
-        let writer = writer.and_then(|mut writer| {
+        let writer = apart(|| {
+            let (tokenizer, config) = (self.tokenizer.as_ref(), self.runner.config());
+            let mut writer = Writer::new(tokenizer, config, job.options.clone())?;
             writer.prompt(&job.prompt, job.prompt.len())?;
             Ok(writer)
         });
@@ -318,7 +318,10 @@ impl Worker {
             return Err(Error::NonFinite { position: part.end });
         }
         self.stats.prompt_tokens += (part.end - sequence.position) as u64;
-        sequence.read_part(part.end, vocab_size, rows);
+        apart(|| {
+            sequence.read_part(part.end, vocab_size, rows);
+            Ok(())
+        })?;
         let is_read = sequence.rest() == 0;
         if !rows.is_empty() && sequence.keep_at.contains(&part.end) {
             let last = &rows[rows.len() - vocab_size..];
@@ -395,7 +398,7 @@ impl Worker {
             let mut turn = turns[index].lock().unwrap_or_else(PoisonError::into_inner);
             let is_full = turn.sequence.position >= context;
             let told = turn.told;
-            turn.next = turn.sequence.write(told, is_full);
+            turn.next = apart(|| turn.sequence.write(told, is_full));
         });
         let ends = turns.into_iter().map(|turn| {
             let turn: Turn = turn.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -435,5 +438,47 @@ impl Worker {
         if let Some(sequence) = slot.sequence.take() {
             self.ended.push((sequence, next));
         }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::task::Poll;
+
+    use super::*;
+    use crate::backend::Limits;
+    use crate::engine::queue::tests::job;
+    use crate::testing::Script;
+
+    /// A prompt whose first token panics.
+    pub(in crate::engine) const PANICS: [u32; 3] = [9, 9, 9];
+
+    #[test]
+    fn a_request_whose_work_panics_fails_alone() {
+        let shared = Arc::new(Shared::new(3));
+        let heard = [&[5, 6][..], &PANICS, &[7]].map(|prompt| {
+            let (mut job, receiver) = job(0);
+            job.prompt = prompt.to_vec();
+            shared.push(job).unwrap();
+            receiver
+        });
+        shared.close();
+        let limits = Limits { slots: 1, context: 16, tokens: 4, outputs: 2 };
+        Worker::new(shared.clone(), Box::new(Script::new(limits)), None, 0, u64::MAX).run();
+        for (number, receiver) in heard.into_iter().enumerate() {
+            let mut events = Vec::new();
+            while let Poll::Ready(Some(event)) = receiver.try_receive() {
+                events.push(event);
+            }
+            match events.pop() {
+                Some(Event::Failed(Error::Panic { reason })) if number == 1 => {
+                    assert!(events.is_empty() && reason.contains("part of the test"), "{reason}");
+                }
+                Some(Event::Finished(..)) if number != 1 => assert!(events.len() > 1),
+                _ => panic!("request {number} ended otherwise"),
+            }
+        }
+        let stats = shared.stats();
+        assert_eq!((stats.finished, stats.failed, stats.running), (2, 1, 0));
     }
 }

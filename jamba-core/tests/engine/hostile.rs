@@ -120,6 +120,7 @@ fn a_backend_that_panics_leaves_nobody_waiting() {
             assert!(matches!(stream.collect_all(), Err(Error::EngineStopped)));
         }
         engine.shutdown();
+        assert!(!engine.is_running());
         let refused = engine.submit(Request::new(vec![4], options(1, 1)));
         assert!(matches!(refused, Err(Error::EngineStopped)));
     });
