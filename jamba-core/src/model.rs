@@ -38,6 +38,10 @@ impl<B: Backend> Model<B> {
     /// must be part of the model. ([`Model::new`] takes what it needs from a [`Checkpoint`] and
     /// leaves the rest.)
     ///
+    /// The files are mapped. What a backend keeps as it is stored (`CpuBackend`: the matrices) stays in
+    /// those pages, which all loads of a folder share, those of other processes too; what it converts
+    /// (vectors, weights in another format) or copies to a device is each load's own.
+    ///
     /// # Errors
     /// Those of [`Config::from_folder`], [`Checkpoint::open`], [`Checkpoint::check_unused`] and
     /// [`Model::new`].

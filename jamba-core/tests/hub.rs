@@ -18,7 +18,7 @@ const SHA: &str = "0123456789abcdef0123456789abcdef01234567";
 /// What was asked: path and first byte.
 type Asked = Arc<Mutex<Vec<(String, usize)>>>;
 
-/// A hub that has one model, whose commit `main` is.
+/// A hub that has one model, whose commit `main` is, and `v1`.
 fn serve(files: BTreeMap<&'static str, Vec<u8>>) -> (String, Asked) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
@@ -44,26 +44,27 @@ fn answer(mut stream: TcpStream, files: &BTreeMap<&'static str, Vec<u8>>, asked:
         }
     }
     asked.lock().unwrap().push((path.clone(), range.0));
-    let (head, body) = if path == "/api/models/org/tiny/revision/main" {
-        let siblings: Vec<_> =
-            files.keys().map(|name| serde_json::json!({ "rfilename": name })).collect();
-        let info = serde_json::json!({ "sha": SHA, "siblings": siblings }).to_string();
-        ("200 OK\r\nContent-Type: application/json".to_owned(), info.into_bytes())
-    } else if let Some(file) = path.strip_prefix(&format!("/org/tiny/resolve/{SHA}/")) {
-        let bytes = &files[file];
-        let to = range.1.map_or(bytes.len(), |to| bytes.len().min(to + 1));
-        let head = format!(
-            "206 Partial Content\r\nETag: \"etag-{}\"\r\nX-Repo-Commit: {SHA}\r\n\
+    let (head, body) =
+        if ["main", "v1"].iter().any(|r| path == format!("/api/models/org/tiny/revision/{r}")) {
+            let siblings: Vec<_> =
+                files.keys().map(|name| serde_json::json!({ "rfilename": name })).collect();
+            let info = serde_json::json!({ "sha": SHA, "siblings": siblings }).to_string();
+            ("200 OK\r\nContent-Type: application/json".to_owned(), info.into_bytes())
+        } else if let Some(file) = path.strip_prefix(&format!("/org/tiny/resolve/{SHA}/")) {
+            let bytes = &files[file];
+            let to = range.1.map_or(bytes.len(), |to| bytes.len().min(to + 1));
+            let head = format!(
+                "206 Partial Content\r\nETag: \"etag-{}\"\r\nX-Repo-Commit: {SHA}\r\n\
              Content-Range: bytes {}-{}/{}",
-            file.replace('.', "-"),
-            range.0,
-            to.saturating_sub(1),
-            bytes.len()
-        );
-        (head, bytes[range.0..to].to_vec())
-    } else {
-        ("404 Not Found".to_owned(), Vec::new())
-    };
+                file.replace('.', "-"),
+                range.0,
+                to.saturating_sub(1),
+                bytes.len()
+            );
+            (head, bytes[range.0..to].to_vec())
+        } else {
+            ("404 Not Found".to_owned(), Vec::new())
+        };
     let length = body.len();
     let head = format!("HTTP/1.1 {head}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n");
     stream.write_all(&[head.as_bytes(), &body].concat()).unwrap();
@@ -119,6 +120,73 @@ fn a_folder_is_downloaded_once_and_then_had_offline() {
     }
     assert_eq!(asked.lock().unwrap().len(), before + 1);
     assert!(refused(hub.folder("org/tiny", Some("v2"), |_| {})).contains("HF_HUB_OFFLINE"));
+}
+
+#[test]
+fn a_named_revision_is_downloaded() {
+    let (url, asked) = serve(files());
+    let cache = tempfile::tempdir().unwrap();
+    let mut hub = hub(url, cache.path());
+    let folder = hub.folder("org/tiny", Some("v1"), |_| {}).unwrap();
+    assert_eq!(std::fs::read(folder.join("config.json")).unwrap(), b"{}");
+    assert!(asked.lock().unwrap().iter().any(|(path, _)| path.ends_with("/revision/v1")));
+    let refs = cache.path().join("models--org--tiny/refs");
+    assert_eq!(std::fs::read_to_string(refs.join("v1")).unwrap(), SHA);
+    hub.offline = true;
+    assert_eq!(hub.folder("org/tiny", Some("v1"), |_| {}).unwrap(), folder);
+    assert!(refused(hub.folder("org/tiny", None, |_| {})).contains("`main`"));
+}
+
+/// In a process of its own, which this test is too.
+#[test]
+fn the_environment_says_where() {
+    const CHILD: &str = "JAMBA_TEST_HUB";
+    if std::env::var_os(CHILD).is_some() {
+        let Hub { endpoint, cache, token, offline } = Hub::from_env().unwrap();
+        println!("[{endpoint} {} {token:?} {offline}]", cache.display());
+        return;
+    }
+    let home = tempfile::tempdir().unwrap();
+    let home = home.path().to_str().unwrap();
+    std::fs::write(format!("{home}/token"), "hf_secret\n").unwrap();
+    for (set, expected) in [
+        (
+            vec![("HOME", home)],
+            format!("[https://huggingface.co {home}/.cache/huggingface/hub None false]"),
+        ),
+        (
+            vec![("HF_HOME", home), ("HF_HUB_OFFLINE", "1")],
+            format!("[https://huggingface.co {home}/hub Some(\"hf_secret\") true]"),
+        ),
+        (
+            vec![
+                ("HF_HOME", home),
+                ("HF_HUB_CACHE", "/c"),
+                ("HF_TOKEN", "t"),
+                ("HF_ENDPOINT", "http://e"),
+            ],
+            "[http://e /c Some(\"t\") false]".into(),
+        ),
+        (
+            vec![
+                ("HOME", home),
+                ("XDG_CACHE_HOME", "/x"),
+                ("HF_HUB_OFFLINE", "0"),
+                ("HF_TOKEN", ""),
+            ],
+            "[https://huggingface.co /x/huggingface/hub None false]".into(),
+        ),
+    ] {
+        let child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "the_environment_says_where", "--nocapture"])
+            .env_clear()
+            .env(CHILD, "1")
+            .envs(set)
+            .output()
+            .unwrap();
+        let out = String::from_utf8(child.stdout).unwrap();
+        assert!(child.status.success() && out.contains(&expected), "{expected} is not in {out}");
+    }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use jamba_core::{
     CancelToken, Checkpoint, Config, Engine, Error, GenerateOptions, Generator, LanguageModel,
-    Model, Request, Runner, Sampler, Session, Snapshot, Stream, Tokenizer,
+    Model, Request, Runner, Sampler, Session, Snapshot, Stream, Streams, Tokenizer,
 };
 use jamba_cpu::{CpuBackend, ReferenceBackend};
 
@@ -30,4 +30,14 @@ fn send_and_sync() {
     sent::<dyn Runner>();
     sent::<Generator<'_>>();
     sent::<Stream>();
+    sent::<Streams>();
+    #[cfg(feature = "chat")]
+    {
+        use jamba_core::chat::{ChatSession, ChatTemplate, ReplyParser};
+        shared::<ChatTemplate>();
+        shared::<ReplyParser>();
+        sent::<ChatSession>();
+    }
+    #[cfg(feature = "hub")]
+    shared::<jamba_core::hub::Hub>();
 }

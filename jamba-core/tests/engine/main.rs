@@ -244,6 +244,57 @@ fn requests_that_cannot_run_are_refused() {
     assert!(matches!(long(), Err(Error::EngineStopped)));
 }
 
+/// However many slots are free, no more runs than the budget has room for.
+#[test]
+fn a_budget_limits_what_runs() {
+    let model = golden("paper-block");
+    let bytes = Engine::new(&model, &tokenizer(), SMALL).unwrap().bytes(4, 40);
+    let options_of = EngineOptions { memory: Some(2 * bytes), ..SMALL };
+    let engine = Engine::new(&model, &tokenizer(), options_of).unwrap();
+    assert_eq!(engine.fits(4, 40), 2);
+    let large = GenerateOptions { ignore_eos: true, ..options(3, 40) };
+    let mut streams = Streams::new();
+    for i in 0..12 {
+        streams.push(engine.submit(Request::new(vec![4, 5, 6, 7 + i], large.clone())).unwrap());
+    }
+    let mut most = 0;
+    while streams.next().is_some() {
+        let stats = engine.stats();
+        assert!(stats.running <= 2 && stats.running_bytes <= 2 * bytes, "{stats:?}");
+        most = most.max(stats.running_bytes);
+    }
+    assert_eq!((most, engine.stats().finished), (2 * bytes, 12));
+
+    let tight = EngineOptions { memory: Some(bytes), ..SMALL };
+    let engine = Engine::new(&model, &tokenizer(), tight).unwrap();
+    let refused = engine.submit(Request::new(vec![4; 5], large.clone())).err().unwrap();
+    assert!(
+        matches!(refused, Error::Budget { needed, budget } if needed > bytes && budget == bytes),
+        "{refused}"
+    );
+    assert!(engine.submit(Request::new(vec![4; 4], large)).unwrap().collect_all().is_ok());
+}
+
+#[test]
+fn a_higher_priority_gets_the_next_slot() {
+    let model = golden("pure-mamba");
+    let options_of = EngineOptions { slots: 1, context: 100_000, ..SMALL };
+    let engine = Engine::new(&model, &tokenizer(), options_of).unwrap();
+    let mut busy = engine.submit(Request::new(vec![4], endless(3))).unwrap();
+    assert!(busy.next().unwrap().is_ok());
+    let mut streams = Streams::new();
+    for priority in [0, -1, 2, 0, 1] {
+        let request = Request { priority, ..Request::new(vec![5], options(1, 3)) };
+        streams.push(engine.submit(request).unwrap());
+    }
+    busy.cancel();
+    let ends = streams.filter_map(|(number, arrival)| match arrival {
+        Arrival::End(stream) => stream.map(|_| number).ok(),
+        Arrival::Piece(_) => None,
+    });
+    assert_eq!(ends.collect::<Vec<_>>(), [2, 4, 0, 3, 1]);
+}
+
 #[test]
 fn a_dropped_engine_finishes_what_it_accepted() {
     let model = golden("pure-mamba");

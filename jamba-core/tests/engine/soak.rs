@@ -4,10 +4,10 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Mutex;
 
-use jamba_core::{Engine, LanguageModel, Model, Request};
+use jamba_core::{Completion, Engine, LanguageModel, Model, Request};
 use jamba_cpu::ReferenceBackend;
 
-use crate::support::{Random, SMALL, alone, golden, options, same, tokenizer};
+use crate::support::{Random, SMALL, alone, bits, golden, options, same, tokenizer};
 
 #[cfg(target_os = "linux")]
 fn resident_bytes() -> usize {
@@ -36,7 +36,7 @@ fn soak(model: &dyn LanguageModel, engine: &Engine, requests: usize, seed: u64) 
             (request, random.below(6))
         })
         .collect();
-    let completions = Mutex::new(HashMap::new());
+    let completions = Mutex::new(HashMap::<usize, (Vec<u32>, Completion)>::new());
     std::thread::scope(|scope| {
         for thread in 0..4 {
             let (plans, completions) = (&plans, &completions);
@@ -50,28 +50,38 @@ fn soak(model: &dyn LanguageModel, engine: &Engine, requests: usize, seed: u64) 
                         // Dropped at once, cancelled after some pieces, or read to the end.
                         0 => drop(stream),
                         1 => {
-                            let heard = stream.by_ref().take(i % 5).count();
+                            let heard: Vec<_> = stream.by_ref().take(i % 5).collect();
                             stream.cancel();
-                            assert!(heard <= 5);
-                            streams.push((i, true, stream));
+                            streams.push((i, heard, stream));
                         }
-                        _ => streams.push((i, false, stream)),
+                        _ => streams.push((i, Vec::new(), stream)),
                     }
                 }
-                for (i, cancelled, stream) in streams {
+                for (i, heard, stream) in streams {
+                    let ids = heard.into_iter().filter_map(|piece| piece.unwrap().id).collect();
                     let completion = stream.collect_all().unwrap();
-                    if !cancelled {
-                        completions.lock().unwrap().insert(i, completion);
-                    }
+                    completions.lock().unwrap().insert(i, (ids, completion));
                 }
             });
         }
     });
     let completions = completions.into_inner().unwrap();
     assert!(completions.len() > requests / 2);
-    for (i, completion) in &completions {
-        same(completion, &alone(model, SMALL.context, &plans[*i].0));
+    let mut cut_off = 0;
+    for (i, (heard, completion)) in &completions {
+        let alone = alone(model, SMALL.context, &plans[*i].0);
+        if plans[*i].1 != 1 {
+            same(completion, &alone);
+            continue;
+        }
+        // What was said before it was given up is what is said alone.
+        let ids: Vec<u32> = heard.iter().chain(&completion.ids).copied().collect();
+        assert!(alone.ids.starts_with(&ids), "{ids:?} of {:?}", alone.ids);
+        let logprobs = &alone.logprobs[heard.len().min(ids.len())..ids.len()];
+        assert_eq!(bits(&completion.logprobs), bits(logprobs));
+        cut_off += usize::from(!ids.is_empty() && ids.len() < alone.ids.len());
     }
+    assert!(cut_off > 0);
 }
 
 #[test]
