@@ -1,6 +1,6 @@
 //! Many prompts from a file, through the engine.
 
-use std::io::{IsTerminal, Read, Write};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -10,6 +10,7 @@ use jamba_core::{
     Completion, Engine, EngineOptions, Error, GenerateOptions, Request, Result, Sampling,
     Tokenizer, WeightFormat,
 };
+use jamba_examples::progress::steps;
 use jamba_examples::{BackendName, model_folder, note, print, run};
 use serde_json::{Value, json};
 
@@ -48,6 +49,10 @@ struct Args {
     /// Tokens of one step at most.
     #[arg(long, value_name = "N", default_value_t = 256)]
     step_tokens: usize,
+    /// MiB that the states of running prompts may take together: others wait for their turn
+    /// [default: as much as all slots take].
+    #[arg(long, value_name = "MIB")]
+    memory: Option<u64>,
     /// MiB of states that are kept for prompts that begin alike (0: none).
     #[arg(long, value_name = "MIB", default_value_t = 256)]
     prefix_cache: u64,
@@ -86,7 +91,7 @@ fn batch(args: &Args) -> Result<()> {
         step_tokens: args.step_tokens,
         queue: prompts.len().max(1),
         prefix_cache: args.prefix_cache.saturating_mul(1 << 20),
-        memory: None,
+        memory: args.memory.map(|mib| mib.saturating_mul(1 << 20)),
     };
     let engine = Engine::new(&*model, &tokenizer, options)?;
 
@@ -95,16 +100,16 @@ fn batch(args: &Args) -> Result<()> {
     for prompt in &prompts {
         streams.push(engine.submit(prompt.request.clone())?);
     }
-    let mut progress =
-        Progress { done: 0, of: prompts.len(), shown: std::io::stderr().is_terminal() };
+    let bar = steps(prompts.len(), "{pos} of {len} prompts, {msg} tokens/s");
     for (prompt, stream) in prompts.iter().zip(streams) {
         let completion = stream.collect_all()?;
-        progress.clear();
-        print(&line(args, prompt, &completion))?;
-        progress.next(engine.stats().generated_tokens as f64 / start.elapsed().as_secs_f64());
+        bar.suspend(|| print(&line(args, prompt, &completion)))?;
+        let tokens = engine.stats().generated_tokens as f64 / start.elapsed().as_secs_f64();
+        bar.set_message(format!("{tokens:.0}"));
+        bar.inc(1);
     }
     let seconds = start.elapsed().as_secs_f64();
-    progress.clear();
+    bar.finish_and_clear();
     engine.shutdown();
     let stats = engine.stats();
     note!(
@@ -189,32 +194,4 @@ fn line(args: &Args, prompt: &Prompt, completion: &Completion) -> String {
         },
     });
     format!("{json}\n")
-}
-
-/// A bar on stderr, if that is a terminal.
-struct Progress {
-    done: usize,
-    of: usize,
-    shown: bool,
-}
-
-impl Progress {
-    fn clear(&self) {
-        if self.shown {
-            let _ = write!(std::io::stderr(), "\r\x1b[K");
-        }
-    }
-
-    fn next(&mut self, tokens_per_second: f64) {
-        const WIDTH: usize = 30;
-        self.done += 1;
-        if self.shown {
-            let full = WIDTH * self.done / self.of.max(1);
-            let bar = "#".repeat(full) + &".".repeat(WIDTH - full);
-            let Self { done, of, .. } = self;
-            let line = format!("[{bar}] {done}/{of} at {tokens_per_second:.0} tokens/s");
-            let mut stderr = std::io::stderr();
-            let _ = stderr.write_all(line.as_bytes()).and_then(|()| stderr.flush());
-        }
-    }
 }

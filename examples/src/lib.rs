@@ -7,8 +7,9 @@ use std::process::ExitCode;
 use clap::ValueEnum;
 #[cfg(feature = "hub")]
 use jamba_core::hub::Hub;
+use jamba_core::weights::Weights;
 use jamba_core::{
-    Config, Error, LanguageModel, Model, ParamSource, Precision, Result, WeightFormat,
+    Checkpoint, Config, Error, LanguageModel, Model, ParamSource, Precision, Result, WeightFormat,
 };
 use jamba_cpu::{CpuBackend, ReferenceBackend};
 
@@ -40,24 +41,11 @@ impl BackendName {
     /// # Errors
     /// Those of [`Model::load`]; [`Error::Unsupported`] for a format that the backend lacks.
     pub fn load(self, folder: &Path, format: WeightFormat) -> Result<Box<dyn LanguageModel>> {
-        Ok(match self {
-            Self::Cpu => Box::new(Model::load_with(folder, cpu(Precision::Bf16, format), bar())?),
-            Self::CpuF32 => Box::new(Model::load_with(folder, cpu(Precision::F32, format), bar())?),
-            Self::Reference => {
-                let backend = ReferenceBackend::new().with_format(format);
-                Box::new(Model::load_with(folder, backend, bar())?)
-            }
-            #[cfg(feature = "cuda")]
-            Self::Cuda => {
-                Box::new(Model::load_with(folder, cuda(Precision::Bf16, format)?, bar())?)
-            }
-            #[cfg(feature = "cuda")]
-            Self::CudaF32 => {
-                Box::new(Model::load_with(folder, cuda(Precision::F32, format)?, bar())?)
-            }
-            #[cfg(not(feature = "cuda"))]
-            Self::Cuda | Self::CudaF32 => return Err(without_cuda()),
-        })
+        let config = Config::from_folder(folder)?;
+        let checkpoint = Checkpoint::open(folder)?;
+        let model = self.model(config, &checkpoint, format)?;
+        checkpoint.check_unused(&Weights::layout(model.config()))?;
+        Ok(model)
     }
 
     /// A model of this shape, its parameters from any source, kept in this format.
@@ -70,16 +58,22 @@ impl BackendName {
         source: &impl ParamSource,
         format: WeightFormat,
     ) -> Result<Box<dyn LanguageModel>> {
+        let precision = match self {
+            Self::Cpu | Self::Cuda => Precision::Bf16,
+            _ => Precision::F32,
+        };
         Ok(match self {
-            Self::Cpu => Box::new(Model::new(config, source, cpu(Precision::Bf16, format))?),
-            Self::CpuF32 => Box::new(Model::new(config, source, cpu(Precision::F32, format))?),
+            Self::Cpu | Self::CpuF32 => {
+                Box::new(Model::new_with(config, source, cpu(precision, format), bar())?)
+            }
             Self::Reference => {
-                Box::new(Model::new(config, source, ReferenceBackend::new().with_format(format))?)
+                let backend = ReferenceBackend::new().with_format(format);
+                Box::new(Model::new_with(config, source, backend, bar())?)
             }
             #[cfg(feature = "cuda")]
-            Self::Cuda => Box::new(Model::new(config, source, cuda(Precision::Bf16, format)?)?),
-            #[cfg(feature = "cuda")]
-            Self::CudaF32 => Box::new(Model::new(config, source, cuda(Precision::F32, format)?)?),
+            Self::Cuda | Self::CudaF32 => {
+                Box::new(Model::new_with(config, source, cuda(precision, format)?, bar())?)
+            }
             #[cfg(not(feature = "cuda"))]
             Self::Cuda | Self::CudaF32 => return Err(without_cuda()),
         })
@@ -159,7 +153,11 @@ pub fn run(main: impl FnOnce() -> Result<()>) -> ExitCode {
             note!("error: {error}");
             let innocent = matches!(
                 error,
-                Error::Device { .. } | Error::Poisoned | Error::EngineStopped | Error::Step { .. }
+                Error::Device { .. }
+                    | Error::Poisoned
+                    | Error::EngineStopped
+                    | Error::Step { .. }
+                    | Error::Panic { .. }
             );
             ExitCode::from(if innocent { 1 } else { 2 })
         }

@@ -1,17 +1,11 @@
-//! How far a load is, on a terminal: with the feature `hub`, whose models take a while.
+//! How far something is, in a bar on stderr: hidden by indicatif where that is no terminal.
 
-use jamba_core::Progress;
+use indicatif::{ProgressBar, ProgressStyle};
+use jamba_core::{Progress, Stage};
 
-/// A function that shows progress on stderr, if that is a terminal.
-#[cfg(feature = "hub")]
+/// A function that shows how far a load is.
 pub fn bar() -> impl FnMut(Progress) {
-    use indicatif::{ProgressBar, ProgressStyle};
-    use jamba_core::Stage;
-
-    // Hidden by indicatif where stderr is no terminal.
-    let style = "{msg} [{wide_bar}] {bytes} of {total_bytes}, {eta}";
-    let style = ProgressStyle::with_template(style);
-    let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+    let style = style("{msg} [{wide_bar}] {bytes} of {total_bytes}, {eta}");
     let mut current: Option<(Stage, ProgressBar)> = None;
     move |Progress { stage, done, total, .. }| {
         if current.as_ref().is_none_or(|(shown, _)| *shown != stage) {
@@ -32,8 +26,12 @@ pub fn bar() -> impl FnMut(Progress) {
     }
 }
 
-/// A function that shows nothing.
-#[cfg(not(feature = "hub"))]
-pub fn bar() -> impl FnMut(Progress) {
-    |_| {}
+/// A bar of `count` steps, with a text after it in indicatif's notation.
+pub fn steps(count: usize, text: &str) -> ProgressBar {
+    ProgressBar::new(count as u64).with_style(style(&format!("[{{wide_bar}}] {text}")))
+}
+
+fn style(template: &str) -> ProgressStyle {
+    let style = ProgressStyle::with_template(template);
+    style.unwrap_or_else(|_| ProgressStyle::default_bar())
 }
