@@ -190,7 +190,7 @@ fn delta(kind: Kind, heading: &Heading, index: usize, what: What, offset: &mut u
         }
         What::Token(token) => {
             choice["logprobs"] = logprobs(kind, std::slice::from_ref(&token), *offset);
-            *offset += token.token.chars().count();
+            *offset += token.chars;
         }
         What::End(reason, _) => choice["finish_reason"] = reason.into(),
     }
@@ -216,13 +216,14 @@ fn logprobs(kind: Kind, tokens: &[TokenInfo], offset: usize) -> Value {
         return json!({ "content": content, "refusal": null });
     }
     let top = |token: &TokenInfo| {
+        token.logprob?;
         let top = token.top.iter().map(|(text, logprob)| (text.clone(), json!(logprob)));
-        Value::Object(top.collect())
+        Some(Value::Object(top.collect()))
     };
     let mut at = offset;
     let offsets = tokens.iter().map(|token| {
         let offset = at;
-        at += token.token.chars().count();
+        at += token.chars;
         offset
     });
     json!({

@@ -3,6 +3,22 @@
 //! A request goes one way: `request` reads it, `Server::start` submits it, `reply` turns the
 //! engine's streams into parts of the answer, `answer` sends them at once or as they come.
 
+// Requests are what anybody sends: errors are values, as in the libraries.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::dbg_macro,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::print_stderr,
+        clippy::print_stdout,
+        clippy::todo,
+        clippy::unimplemented,
+        clippy::unreachable,
+        clippy::unwrap_used
+    )
+)]
+
 use std::collections::HashMap;
 use std::future::Future;
 use std::hash::{BuildHasher, RandomState};
@@ -17,7 +33,7 @@ use axum::middleware::{self, Next};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post};
 use jamba_core::chat::ChatTemplate;
-use jamba_core::{CancelToken, Engine, Sampling, Tokenizer};
+use jamba_core::{CancelToken, Engine, Error, Sampling, Tokenizer};
 use serde_json::json;
 use subtle::ConstantTimeEq;
 use tokio::net::TcpListener;
@@ -35,7 +51,7 @@ pub use error::ApiError;
 pub struct Settings {
     /// What requests call the model.
     pub name: String,
-    /// Key that requests must have; `None`: no key.
+    /// Key that requests must have; none, or an empty one: no key.
     pub api_key: Option<String>,
     /// Tokens of a request at most, as the engine has it.
     pub context: usize,
@@ -87,8 +103,9 @@ impl Server {
         tokenizer: Tokenizer,
         template: ChatTemplate,
         sampling: Sampling,
-        settings: Settings,
+        mut settings: Settings,
     ) -> Self {
+        settings.api_key.take_if(|key| key.is_empty());
         let created = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         Self(Arc::new(Inner {
             template: template.with_guard(&tokenizer),
@@ -104,6 +121,11 @@ impl Server {
         }))
     }
 
+    /// Whether anybody who reaches it can use it: there is no key.
+    pub fn is_open(&self) -> bool {
+        self.0.settings.api_key.is_none()
+    }
+
     /// Answers requests until `end` is ready, then ends those that run within the
     /// [grace](Settings::grace), and the engine.
     ///
@@ -115,8 +137,7 @@ impl Server {
         end: impl Future<Output = ()> + Send + 'static,
     ) -> std::io::Result<()> {
         // Another site's page does not know the key.
-        let local_only =
-            listener.local_addr()?.ip().is_loopback() && self.0.settings.api_key.is_none();
+        let local_only = listener.local_addr()?.ip().is_loopback() && self.is_open();
         let _ = self.0.local_only.set(local_only);
         let (ended, mut has_ended) = tokio::sync::watch::channel(false);
         let app = self.router();
@@ -148,7 +169,7 @@ impl Server {
     pub fn router(&self) -> Router {
         let open = Router::new()
             .route("/", get(|| async { Html(include_str!("page.html")) }))
-            .route("/health", get(|| async { axum::Json(json!({ "status": "ok" })) }));
+            .route("/health", get(health));
         let keyed = Router::new()
             .route("/metrics", get(metrics::metrics))
             .route("/v1/models", get(models))
@@ -191,6 +212,13 @@ impl Server {
             "max_model_len": context,
         })
     }
+}
+
+async fn health(State(server): State<Server>) -> Result<Response, ApiError> {
+    if !server.0.engine.is_running() {
+        return Err(Error::EngineStopped.into());
+    }
+    Ok(axum::Json(json!({ "status": "ok" })).into_response())
 }
 
 async fn models(State(server): State<Server>) -> Response {

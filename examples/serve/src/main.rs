@@ -51,6 +51,10 @@ struct Args {
     /// Bytes of a request's body at most.
     #[arg(long, value_name = "BYTES", default_value_t = 4 << 20)]
     body: usize,
+    /// MiB that the states of running requests may take together: others wait for their turn, and
+    /// what could never run is refused [default: as much as all slots take].
+    #[arg(long, value_name = "MIB")]
+    memory: Option<u64>,
     /// MiB of states kept to begin later prompts from.
     #[arg(long, value_name = "MIB", default_value_t = 256)]
     prefix_cache: u64,
@@ -86,13 +90,14 @@ fn serve(args: &Args) -> Result<()> {
         slots: args.slots,
         context: args.context,
         queue: args.queue,
-        prefix_cache: args.prefix_cache << 20,
+        prefix_cache: args.prefix_cache.saturating_mul(1 << 20),
+        memory: args.memory.map(|mib| mib.saturating_mul(1 << 20)),
         ..EngineOptions::default()
     };
     let engine = Engine::new(&*model, &tokenizer, options)?;
     let settings = Settings {
         name: name.unwrap_or_else(|| "jamba".into()),
-        api_key: args.api_key.clone().filter(|key| !key.is_empty()),
+        api_key: args.api_key.clone(),
         context: args.context,
         max_tokens: args.max_tokens,
         body: args.body,
@@ -108,7 +113,7 @@ fn serve(args: &Args) -> Result<()> {
         let listener = tokio::net::TcpListener::bind(address).await.map_err(failed)?;
         let local = listener.local_addr().map_err(failed)?;
         eprintln!("[{} on {}: http://{local}]", folder.display(), model.backend_name());
-        if !local.ip().is_loopback() && args.api_key.is_none() {
+        if !local.ip().is_loopback() && server.is_open() {
             eprintln!("warning: whoever reaches {local} can use the model: there is no --api-key");
         }
         server.run(listener, signal()).await.map_err(failed)

@@ -8,7 +8,8 @@ use std::task::{Context, Poll, ready};
 use futures_util::Stream;
 use futures_util::stream::SelectAll;
 use jamba_core::chat::{ReplyEvent, ReplyParser, ToolCall};
-use jamba_core::{CancelToken, FinishReason, Piece, RequestUsage};
+use jamba_core::{CancelToken, FinishReason, Piece, RequestUsage, Scored, TokenLogProb};
+use jamba_examples::note;
 use serde_json::{Value, json};
 
 use crate::request::Work;
@@ -34,16 +35,20 @@ pub(crate) enum What {
 /// A token and its probability.
 pub(crate) struct TokenInfo {
     pub(crate) token: String,
-    pub(crate) logprob: f32,
+    /// Characters of the text that are its: none of a special token.
+    pub(crate) chars: usize,
+    /// None of the first of a prompt, and no others in its place.
+    pub(crate) logprob: Option<f32>,
     pub(crate) top: Vec<(String, f32)>,
 }
 
 impl TokenInfo {
     /// As in `logprobs.content` of a chat.
     pub(crate) fn to_value(&self) -> Value {
-        let of = |(token, logprob): &(String, f32)| json!({ "token": token, "logprob": logprob, "bytes": token.as_bytes() });
-        let top: Vec<Value> = self.top.iter().map(of).collect();
-        let mut value = of(&(self.token.clone(), self.logprob));
+        let of = |token: &str, logprob: Option<f32>| json!({ "token": token, "logprob": logprob, "bytes": token.as_bytes() });
+        let top = self.top.iter().map(|(token, logprob)| of(token, Some(*logprob)));
+        let top: Vec<Value> = top.collect();
+        let mut value = of(&self.token, self.logprob);
         value["top_logprobs"] = top.into();
         value
     }
@@ -69,6 +74,8 @@ struct Choice {
     stream: jamba_core::Stream,
     parser: Option<ReplyParser>,
     logprobs: bool,
+    /// Tokens of the prompt that are to be told, when their probabilities are there.
+    echo: Vec<u32>,
     calls: usize,
     ready: VecDeque<What>,
     has_ended: bool,
@@ -83,14 +90,15 @@ impl Server {
             let stream = self.0.engine.submit(std::mem::take(&mut job.request))?;
             let cancel: CancelToken = stream.cancel_token();
             running.push(self.register(cancel));
-            let echo = std::mem::take(&mut job.echo);
-            let ready = (!echo.is_empty()).then_some(What::Text(echo));
+            let (text, echo) = std::mem::take(&mut job.echo);
+            let ready = (!text.is_empty()).then_some(What::Text(text));
             choices.push(Choice {
                 server: self.clone(),
                 index,
                 stream,
                 parser: job.parser.take(),
                 logprobs: work.logprobs,
+                echo,
                 calls: 0,
                 ready: ready.into_iter().collect(),
                 has_ended: false,
@@ -101,18 +109,32 @@ impl Server {
 }
 
 impl Choice {
+    /// The prompt was read: its tokens are told, if that was asked for.
+    fn hear_prompt(&mut self) {
+        let echo = std::mem::take(&mut self.echo);
+        let scores = self.stream.prompt_logprobs().to_vec();
+        if let Some(first) = echo.first() {
+            self.hear_token(*first, None, &[]);
+        }
+        for Scored { id, logprob, top } in &scores[..scores.len().min(echo.len())] {
+            self.hear_token(*id, Some(*logprob), top);
+        }
+    }
+
+    fn hear_token(&mut self, id: u32, logprob: Option<f32>, top: &[TokenLogProb]) {
+        let tokenizer = &self.server.0.tokenizer;
+        let text = |id: u32| tokenizer.decode_with_special(&[id]).unwrap_or_default();
+        let token = text(id);
+        let chars = if tokenizer.is_special_token(&token) { 0 } else { token.chars().count() };
+        let top = top.iter().map(|top| (text(top.id), top.logprob)).collect();
+        self.ready.push_back(What::Token(TokenInfo { token, chars, logprob, top }));
+    }
+
     fn hear(&mut self, piece: Piece) {
         if self.logprobs
             && let Some(id) = piece.id
         {
-            let text =
-                |id: u32| self.server.0.tokenizer.decode_with_special(&[id]).unwrap_or_default();
-            let top = piece.top.iter().map(|top| (text(top.id), top.logprob)).collect();
-            self.ready.push_back(What::Token(TokenInfo {
-                token: text(id),
-                logprob: piece.logprob,
-                top,
-            }));
+            self.hear_token(id, Some(piece.logprob), &piece.top);
         }
         match &mut self.parser {
             None if piece.text.is_empty() => {}
@@ -135,6 +157,9 @@ impl Choice {
                     }
                 }
                 other => {
+                    if let ReplyEvent::Malformed { reason, .. } = &other {
+                        note!("warning: a reply calls tools in vain: {reason}");
+                    }
                     let text = other.text().map(|text| What::Text(text.to_owned()));
                     self.ready.extend(text);
                 }
@@ -172,7 +197,9 @@ impl Stream for Choice {
             if self.has_ended {
                 return Poll::Ready(None);
             }
-            let result = match ready!(Pin::new(&mut self.stream).poll_next(context)) {
+            let next = ready!(Pin::new(&mut self.stream).poll_next(context));
+            self.hear_prompt();
+            let result = match next {
                 Some(Ok(piece)) => {
                     self.hear(piece);
                     Ok(())
@@ -235,15 +262,11 @@ mod tests {
     use super::*;
     use crate::Settings;
 
-    /// A choice that hears what the demo model would never say.
-    fn told(pieces: &[&str]) -> (Vec<What>, Vec<What>) {
+    fn server() -> Server {
         let model = Model::load(demo_model(), CpuBackend::new()).unwrap();
         let tokenizer = Tokenizer::from_folder(demo_model()).unwrap();
         let options = EngineOptions { slots: 1, context: 16, ..EngineOptions::default() };
         let engine = Engine::new(&model, &tokenizer, options).unwrap();
-        let request =
-            Request::new(vec![1], GenerateOptions { max_tokens: 1, ..Default::default() });
-        let stream = engine.submit(request).unwrap();
         let settings = Settings {
             name: "tales".into(),
             api_key: None,
@@ -253,13 +276,22 @@ mod tests {
             grace: std::time::Duration::ZERO,
         };
         let template = ChatTemplate::new("").unwrap();
-        let server = Server::new(engine, tokenizer, template, Sampling::greedy(), settings);
+        Server::new(engine, tokenizer, template, Sampling::greedy(), settings)
+    }
+
+    /// A choice that hears what the demo model would never say.
+    fn told(pieces: &[&str]) -> (Vec<What>, Vec<What>) {
+        let server = server();
+        let request =
+            Request::new(vec![1], GenerateOptions { max_tokens: 1, ..Default::default() });
+        let stream = server.0.engine.submit(request).unwrap();
         let mut choice = Choice {
             server,
             index: 0,
             stream,
             parser: Some(ReplyParser::new("", true)),
             logprobs: false,
+            echo: Vec::new(),
             calls: 0,
             ready: VecDeque::new(),
             has_ended: false,
@@ -271,6 +303,18 @@ mod tests {
         let before = choice.ready.drain(..).collect();
         choice.end().unwrap();
         (before, choice.ready.into())
+    }
+
+    /// Whatever a client says that it is.
+    #[test]
+    fn a_priority_is_a_small_number() {
+        let server = server();
+        for (asked, priority) in [(0, 0), (-3, -3), (5, 4), (i32::MAX, 4), (i32::MIN, -4)] {
+            let request = json!({ "prompt": "x", "priority": asked });
+            let request = serde_json::from_value(request).unwrap();
+            let work = server.completion_work(request).unwrap();
+            assert_eq!(work.choices[0].request.priority, priority);
+        }
     }
 
     #[test]

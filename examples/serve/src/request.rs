@@ -12,6 +12,8 @@ use crate::{ApiError, Server};
 
 /// Choices of a request at most, over all its prompts.
 const CHOICES: usize = 64;
+/// Priorities are from minus to plus this: no client gets ahead of more than 64 requests for each step.
+const PRIORITY: i32 = 4;
 /// Most probable tokens at most, as OpenAI has it.
 const TOP: usize = 20;
 
@@ -118,8 +120,8 @@ pub(crate) struct Job {
     pub(crate) request: Request,
     /// Takes replies of chats apart.
     pub(crate) parser: Option<ReplyParser>,
-    /// What comes before the reply.
-    pub(crate) echo: String,
+    /// What comes before the reply: a text, and the tokens that are to be told with it.
+    pub(crate) echo: (String, Vec<u32>),
 }
 
 impl Server {
@@ -176,9 +178,6 @@ impl Server {
         if best_of.is_some_and(|best_of| best_of != common.n.unwrap_or(1)) {
             return Err(ApiError::invalid("best_of", "it must be `n`"));
         }
-        if echo && logprobs.is_some() {
-            return Err(ApiError::invalid("echo", "it cannot be combined with `logprobs`"));
-        }
         let tokenizer = &self.0.tokenizer;
         let of_text = |text: String| Ok((tokenizer.encode(&text)?, text));
         let of_ids = |ids: Vec<u32>| {
@@ -197,7 +196,14 @@ impl Server {
             prompts.iter_mut().for_each(|(_, text)| text.clear());
         }
         let grammar = format(common.response_format.as_ref(), tokenizer)?;
-        self.work(common, prompts, None, logprobs, grammar)
+        let mut work = self.work(common, prompts, None, logprobs, grammar)?;
+        if echo && logprobs.is_some() {
+            for Job { request, echo, .. } in &mut work.choices {
+                request.options.prompt_logprobs = logprobs;
+                echo.1.clone_from(&request.prompt);
+            }
+        }
+        Ok(work)
     }
 
     fn work(
@@ -219,7 +225,7 @@ impl Server {
         }
         let options = self.options(&common, logprobs.unwrap_or(0))?;
         let options = GenerateOptions { grammar, ..options };
-        let priority = common.priority;
+        let priority = common.priority.clamp(-PRIORITY, PRIORITY);
         let choice = |(index, (prompt, echo)): (usize, (Vec<u32>, String))| {
             let options = options.clone();
             let parser = parser.clone();
@@ -228,7 +234,7 @@ impl Server {
                 let number = (index * per_prompt + of_prompt) as u64;
                 options.sampling.seed = options.sampling.seed.wrapping_add(number);
                 let request = Request { priority, ..Request::new(prompt.clone(), options) };
-                Job { request, parser: parser.clone(), echo: echo.clone() }
+                Job { request, parser: parser.clone(), echo: (echo.clone(), Vec::new()) }
             })
         };
         Ok(Work {

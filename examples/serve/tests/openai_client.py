@@ -47,6 +47,14 @@ stopped = ask(max_tokens=20, temperature=0, stop=[word, "no such word"]).choices
 assert stopped.finish_reason == "stop" and stopped.message.content == greedy.message.content.split(word)[0]
 legacy = client.completions.create(model=model, prompt=["A fox", "An owl"], max_tokens=4, echo=True)
 assert [choice.text[:4] for choice in legacy.choices] == ["A fo", "An o"]
+# A prompt is scored, and nothing is generated: the first token follows nothing.
+scored = client.completions.create(model=model, prompt="Once upon a time", max_tokens=0, echo=True, logprobs=2)
+told = scored.choices[0].logprobs
+assert scored.choices[0].text == "Once upon a time" and scored.usage.completion_tokens == 0
+assert told.token_logprobs[0] is None and all(logprob <= 0 for logprob in told.token_logprobs[1:])
+assert len(told.tokens) == len(told.text_offset) == len(told.top_logprobs) == scored.usage.prompt_tokens
+for token, offset in zip(told.tokens[1:], told.text_offset[1:]):
+    assert "Once upon a time"[offset:].startswith(token), (token, offset)
 
 # A stream that is left early does not go on.
 with ask(max_tokens=2000, stream=True) as stream:
@@ -125,4 +133,4 @@ def alone(seed):
 
 
 assert asyncio.run(together(64)) == list(map(alone, range(64)))
-print(f"openai {openai.__version__}: chat, streams, choices, probabilities, stops, schemas, tools, errors, 64 at once")
+print(f"openai {openai.__version__}: chat, streams, choices, probabilities, scores, stops, schemas, tools, errors, 64 at once")

@@ -573,10 +573,118 @@ async fn what_it_is_and_does_is_told() {
             .parse()
             .unwrap()
     };
+    assert_metrics(&metrics);
     assert_eq!(value("jamba_generated_tokens_total"), 8.0);
+    assert_eq!(value("jamba_prefix_hits_total"), 0.0);
     assert_eq!(value("jamba_prompt_tokens_total"), 5.0);
     assert_eq!(value("jamba_first_token_seconds_count"), 1.0);
     assert!(value("jamba_first_token_seconds_sum") > 0.0);
     assert!(value("jamba_http_responses_total{class=\"2xx\"}") >= 4.0);
+    server.json(CHAT, &chat("Once upon a time")).await;
+    let metrics = server.get("/metrics").await;
+    assert!(metrics.contains("\njamba_prefix_hits_total 1\n"), "{metrics}");
+    assert!(metrics.contains("\njamba_prefix_tokens_total 5\n"), "{metrics}");
+    server.engine.shutdown();
+    let url = format!("{}/health", server.url);
+    let response = server.client.get(url).send().await.unwrap();
+    Running::refused((response.status(), response.json().await.unwrap()), 503, "stopped");
+    server.end().await;
+}
+
+/// Every line is one of Prometheus' text format, and every sample is of the metric before it.
+fn assert_metrics(text: &str) {
+    let is_name = |name: &str| name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
+    let mut metric = "";
+    let mut described = 0;
+    for line in text.lines() {
+        let words: Vec<&str> = line.split(' ').collect();
+        match words[..] {
+            ["#", "HELP", name, first, ..] => {
+                assert!(is_name(name) && !first.is_empty(), "{line}");
+                (metric, described) = (name, described + 1);
+            }
+            ["#", "TYPE", name, kind] => {
+                assert!(name == metric, "{line}");
+                assert!(["counter", "gauge", "summary"].contains(&kind), "{line}");
+            }
+            [sample, value] => {
+                let (name, labels) = sample.split_once('{').unwrap_or((sample, "a=\"\"}"));
+                let part = name.strip_prefix(metric).unwrap_or_else(|| panic!("{line}"));
+                assert!(["", "_sum", "_count"].contains(&part) && value.parse::<f64>().is_ok());
+                let label = labels.strip_suffix("\"}").and_then(|label| label.split_once("=\""));
+                assert!(label.is_some_and(|(name, _)| is_name(name)), "{line}");
+            }
+            _ => panic!("{line}"),
+        }
+    }
+    assert!(described > 15 && text.ends_with('\n'), "{text}");
+}
+
+/// OpenAI's way to have a text scored: nothing is generated.
+#[tokio::test(flavor = "multi_thread")]
+async fn prompts_are_scored() {
+    let server = demo().await;
+    let text = "The little dog was so frightened";
+    let body = json!({ "prompt": text, "echo": true, "logprobs": 2, "max_tokens": 0 });
+    let answer = server.json(TEXT, &body).await;
+    let choice = &answer["choices"][0];
+    assert_eq!((&choice["text"], &answer["usage"]["completion_tokens"]), (&json!(text), &json!(0)));
+    let tokenizer = Tokenizer::from_folder(demo_model()).unwrap();
+    let model = Model::load(demo_model(), CpuBackend::new()).unwrap();
+    let ids = tokenizer.encode(text).unwrap();
+    let options = SessionOptions { context: 64, outputs: 64, ..SessionOptions::default() };
+    let scores = model.session(options).unwrap().score(&ids[..1], &ids[1..], 2).unwrap();
+    let logprobs = &choice["logprobs"];
+    let list = |name: &str| logprobs[name].as_array().unwrap();
+    for name in ["tokens", "token_logprobs", "top_logprobs", "text_offset"] {
+        assert_eq!(list(name).len(), ids.len(), "{name}");
+    }
+    assert!(list("token_logprobs")[0].is_null() && list("top_logprobs")[0].is_null());
+    for (i, scored) in scores.iter().enumerate() {
+        let told = list("token_logprobs")[i + 1].as_f64().unwrap();
+        assert!((told - f64::from(scored.logprob)).abs() < 1e-6, "{told} {scored:?}");
+        assert_eq!(list("top_logprobs")[i + 1].as_object().unwrap().len(), 2);
+        let (token, offset) = (&list("tokens")[i + 1], &list("text_offset")[i + 1]);
+        let at = &text[offset.as_u64().unwrap() as usize..];
+        assert!(at.starts_with(token.as_str().unwrap()), "{token} is not at {offset}");
+    }
+    // And what is generated comes after it, whole and streamed.
+    let body = with(body, json!({ "max_tokens": 3, "temperature": 0, "n": 2 }));
+    let whole = server.json(TEXT, &body).await;
+    let chunks = server.chunks(TEXT, &with(body, json!({ "stream": true }))).await;
+    for index in 0..2 {
+        let logprobs = &whole["choices"][index]["logprobs"];
+        for name in ["tokens", "token_logprobs", "text_offset"] {
+            let parts = chunks.iter().map(|chunk| &chunk["choices"][0]);
+            let parts = parts.filter(|part| part["index"] == index);
+            let parts = parts.filter_map(|part| part["logprobs"][name].as_array());
+            assert_eq!(json!(parts.flatten().collect::<Vec<_>>()), logprobs[name]);
+            assert_eq!(logprobs[name].as_array().unwrap().len(), ids.len() + 3);
+        }
+        let spoken = logprobs["tokens"].as_array().unwrap().iter().skip(1);
+        let spoken: String = spoken.map(|token| token.as_str().unwrap()).collect();
+        assert_eq!(spoken, whole["choices"][index]["text"]);
+    }
+    server.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_gets_more_than_there_is() {
+    // Tokens of a reply.
+    let server = start(Settings { max_tokens: 6, ..settings() }, ENGINE, None).await;
+    let long = with(chat("Once upon a time"), json!({ "max_tokens": 200, "ignore_eos": true }));
+    let answer = server.json(CHAT, &long).await;
+    assert_eq!(answer["usage"]["completion_tokens"], 6);
+    assert_eq!(answer["choices"][0]["finish_reason"], "length");
+    let bytes = server.engine.bytes(8, 6);
+    server.end().await;
+
+    // Memory of the states.
+    let options = EngineOptions { memory: Some(bytes), ..ENGINE };
+    let server = start(Settings { max_tokens: 6, ..settings() }, options, None).await;
+    server.json(CHAT, &long).await;
+    let longer = "Once upon a time there was a fox who had a hen for a friend.";
+    let longer = with(chat(longer), json!({ "max_tokens": 6 }));
+    server.refuse(CHAT, &longer, 400, "bytes").await;
     server.end().await;
 }
