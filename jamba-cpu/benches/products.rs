@@ -16,7 +16,7 @@ fn main() -> Result<()> {
     let mut names: Vec<_> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     let backends = CpuBackend::all();
     let wanted = names.first().and_then(|isa| backends.iter().find(|b| b.isa() == isa));
-    let backend = *wanted.unwrap_or(&backends[0]);
+    let backend = wanted.unwrap_or(&backends[0]);
     names.drain(..usize::from(wanted.is_some()));
     println!("{backend:?}, {} threads", rayon::current_num_threads());
     for shape @ [n, k] in SHAPES {
@@ -29,7 +29,7 @@ fn main() -> Result<()> {
             (Dtype::Bf16, Precision::Bf16, WeightFormat::Int8),
             (Dtype::Bf16, Precision::Bf16, WeightFormat::Int4),
         ] {
-            let backend = backend.with_precision(precision).with_format(format);
+            let backend = backend.clone().with_precision(precision).with_format(format);
             let name = match format {
                 WeightFormat::Stored => format!("{dtype} x {precision}"),
                 format => format!("{format} x int8"),

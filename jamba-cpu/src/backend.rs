@@ -1,6 +1,7 @@
 //! [`CpuBackend`]: the operators on the instruction set of the machine.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use jamba_core::backend::{
     Backend, CausalConv1d, Cols, Limits, Need, Scratch, SelectiveScan, StatePart,
@@ -10,6 +11,7 @@ use jamba_core::weights::{Mlp, Moe, Weights};
 use jamba_core::{
     Batch, Config, Dtype, Error, Layout, Param, Precision, Result, WeightFormat, compose,
 };
+use rayon::ThreadPool;
 
 use crate::linear::Products;
 use crate::simd::Isa;
@@ -48,15 +50,17 @@ const ISA: &str = "JAMBA_CPU_ISA";
 /// A step is spread over a pool of threads that all backends of the process share and nobody else
 /// uses, as many as `RAYON_NUM_THREADS` says or the machine has cores: so a program whose own rayon
 /// tasks wait for an [`Engine`](jamba_core::Engine) does not wait for ever. Within a rayon pool it
-/// is spread over that one: `pool.install(|| session.append(..))` chooses the threads.
+/// is spread over that one: `pool.install(|| session.append(..))` chooses the threads. Those of an
+/// engine, which has a thread of its own, are chosen by [`with_pool`](Self::with_pool).
 ///
 /// A rayon task that waits for a step runs other tasks of its pool in the meantime. It must not hold
 /// a lock that those take too, or it waits for itself: give each task a session of its own, or put
 /// the requests to an engine, rather than a `Mutex<Session>`.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub struct CpuBackend {
     products: Products,
     format: WeightFormat,
+    pool: Option<Arc<ThreadPool>>,
     /// Whether `JAMBA_CPU_ISA` asks for what this machine does not have.
     impossible: bool,
 }
@@ -77,7 +81,7 @@ impl CpuBackend {
 
     fn on(isa: Isa) -> Self {
         let products = Products { isa, precision: Precision::Bf16 };
-        Self { products, format: WeightFormat::Stored, impossible: false }
+        Self { products, format: WeightFormat::Stored, pool: None, impossible: false }
     }
 
     /// One backend for each instruction set that this machine has, best first.
@@ -90,6 +94,14 @@ impl CpuBackend {
     #[must_use]
     pub fn with_format(self, format: WeightFormat) -> Self {
         Self { format, ..self }
+    }
+
+    /// The same on the threads of this pool, from wherever a step is run. Tasks of the pool must not
+    /// wait for an [`Engine`](jamba_core::Engine) of such a backend: nobody might be left to help it,
+    /// and it would do everything itself.
+    #[must_use]
+    pub fn with_pool(self, pool: Arc<ThreadPool>) -> Self {
+        Self { pool: Some(pool), ..self }
     }
 
     /// Sets the precision of the activations that matrices are multiplied with; sums are f32. With
@@ -232,7 +244,7 @@ impl Backend for CpuBackend {
     }
 
     fn for_each(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
-        team::lead(|| team::run(tasks, f));
+        team::lead_on(self.pool.as_deref(), || team::run(tasks, f));
     }
 
     fn stage(&self, state: &mut State, batch: &Batch) -> Result<()> {
@@ -407,6 +419,7 @@ impl Backend for CpuBackend {
         scratch: &mut Scratch<Tensor>,
         state: &mut State,
     ) -> Result<()> {
-        team::lead(|| compose::forward(self, config, weights, scratch, state))
+        let pool = self.pool.as_deref();
+        team::lead_on(pool, || compose::forward(self, config, weights, scratch, state))
     }
 }

@@ -57,6 +57,11 @@ struct Team {
 
 /// Runs `f`, a step: what it [`run`]s is shared with the threads of the current rayon pool.
 pub(crate) fn lead<R>(f: impl FnOnce() -> R) -> R {
+    lead_on(None, f)
+}
+
+/// [`lead`] with the threads of this pool, if there is one.
+pub(crate) fn lead_on<R>(pool: Option<&ThreadPool>, f: impl FnOnce() -> R) -> R {
     if PLACE.get() != Place::Outside {
         return f();
     }
@@ -73,7 +78,10 @@ pub(crate) fn lead<R>(f: impl FnOnce() -> R) -> R {
     PLACE.set(Place::Leading);
     let team = &end.0;
     team.open.store(true, Ordering::Relaxed);
-    let pool = pool();
+    let pool = match pool {
+        Some(_) => pool,
+        None => shared(),
+    };
     let threads = pool.map_or_else(rayon::current_num_threads, ThreadPool::current_num_threads);
     for _ in team.helpers.load(Ordering::Relaxed)..threads.saturating_sub(leaders) {
         team.helpers.fetch_add(1, Ordering::Relaxed);
@@ -88,7 +96,7 @@ pub(crate) fn lead<R>(f: impl FnOnce() -> R) -> R {
 }
 
 /// The pool of all backends, for a thread that is of no pool: nobody else's tasks wait there.
-fn pool() -> Option<&'static ThreadPool> {
+fn shared() -> Option<&'static ThreadPool> {
     static POOL: OnceLock<Option<ThreadPool>> = OnceLock::new();
     if rayon::current_thread_index().is_some() {
         return None;

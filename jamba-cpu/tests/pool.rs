@@ -1,20 +1,25 @@
 //! Whose threads a step runs on.
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::process::{Command, Output};
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use jamba_core::{
-    Engine, EngineOptions, GenerateOptions, LanguageModel, Model, Request, SessionOptions,
+    Engine, EngineOptions, GenerateOptions, LanguageModel, Limits, Model, Request, SessionOptions,
     WeightFormat,
 };
 use jamba_cpu::CpuBackend;
 use rayon::prelude::*;
 
 fn model() -> Model<CpuBackend> {
+    model_on(CpuBackend::new())
+}
+
+fn model_on(backend: CpuBackend) -> Model<CpuBackend> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../jamba-tests/golden/paper-block");
-    Model::load(folder, CpuBackend::new()).unwrap()
+    Model::load(folder, backend).unwrap()
 }
 
 /// Runs a test of this file again, in a process of its own with this variable set.
@@ -145,4 +150,35 @@ fn a_session_in_any_pool() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         assert_eq!(pool.install(run), expected);
     }
+}
+
+/// Tasks run on the threads of the pool that was given, and on the one that runs the step: so an
+/// engine, which has a thread of its own, keeps to it.
+#[test]
+fn an_engine_in_a_pool_of_ones_own() {
+    let name = |index| format!("mine-{index}");
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(3).thread_name(name).build().unwrap();
+    let pool = Arc::new(pool);
+    let model = model_on(CpuBackend::new().with_pool(pool));
+    let limits = Limits { slots: 1, context: 8, tokens: 8, outputs: 1 };
+    let runner = model.runner(limits).unwrap();
+    let names = Mutex::new(HashSet::new());
+    for _ in 0..50 {
+        runner.for_each(8, &|_| {
+            let name = std::thread::current().name().unwrap_or_default().to_owned();
+            names.lock().unwrap().insert(name);
+            std::thread::sleep(Duration::from_millis(1));
+        });
+    }
+    let mut names = names.into_inner().unwrap();
+    assert!(names.remove(std::thread::current().name().unwrap()));
+    assert!(!names.is_empty() && names.iter().all(|name| name.starts_with("mine-")), "{names:?}");
+
+    let options = EngineOptions { slots: 4, context: 64, ..Default::default() };
+    let run = |model: &Model<CpuBackend>| {
+        let engine = Engine::ids_only(model, options).unwrap();
+        let options = GenerateOptions { max_tokens: 20, ignore_eos: true, ..Default::default() };
+        engine.submit(Request::new(vec![5, 6], options)).unwrap().collect_all().unwrap().ids
+    };
+    assert_eq!(run(&model), run(&self::model()));
 }

@@ -61,7 +61,8 @@ fn a_step_allocates_nothing() {
     for backend in CpuBackend::all() {
         for precision in [Precision::Bf16, Precision::F32] {
             for format in WeightFormat::ALL {
-                let mut runner = runner(backend.with_precision(precision).with_format(format));
+                let backend = backend.clone().with_precision(precision).with_format(format);
+                let mut runner = runner(backend.clone());
                 let mut steps = |times: usize| {
                     let mut counts = [[0; 2]; 2];
                     for n in 0..times {

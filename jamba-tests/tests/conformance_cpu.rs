@@ -54,14 +54,15 @@ fn trials_of(
         name = format!("{isa}::{format}{suffix}");
     }
     let trial = |case: jamba_tests::Case| {
-        let support = support.clone();
+        let (backend, support) = (backend.clone(), support.clone());
+        let is_missing = backend.is_none();
         let trial = Trial::test(format!("{name}::{case}"), move || {
             let backend = backend.ok_or("this machine does not have the instruction set")?;
             case.check(backend, &support).map_err(Failed::from)?;
             Ok(())
         });
         // Shown as ignored, never as passed, where it cannot run.
-        trial.with_ignored_flag(backend.is_none())
+        trial.with_ignored_flag(is_missing)
     };
     cases().into_iter().filter(|case| wanted(&case.to_string())).map(trial).collect()
 }

@@ -9,7 +9,7 @@ use jamba_tests::{Case, Precision, Support, cases};
 fn caught_by(bug: Option<Bug>, support: &Support) -> Vec<String> {
     // Every failing run panics inside the kit, or reports; neither is news here.
     let backend = CpuBackend::new().with_precision(Products::F32);
-    let fails = |case: &Case| case.check(Mutant::new(backend, bug), support).is_err();
+    let fails = |case: &Case| case.check(Mutant::new(backend.clone(), bug), support).is_err();
     cases().into_iter().filter(fails).map(|case| case.to_string()).collect()
 }
 
