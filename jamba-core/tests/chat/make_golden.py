@@ -3,11 +3,14 @@
     python make_golden.py          (with transformers 5.17 and jinja2 3.1)
 
 The templates were written for this test. Each uses what a published template of its style uses.
+
+With a FOLDER, the same of the templates there, for the test that is ignored where there is none.
 """
 
 import datetime
 import json
 import pathlib
+import sys
 
 import transformers
 from transformers.utils import chat_template_utils
@@ -186,7 +189,8 @@ def render(template, conversation):
         return {"error": str(error), "kind": type(error).__name__}
 
 
-def main():
+def main(folder=None):
+    templates, written = (HERE / "templates", HERE) if folder is None else [pathlib.Path(folder)] * 2
     chat_template_utils.datetime = Clock
     golden = {
         "transformers": transformers.__version__,
@@ -198,12 +202,12 @@ def main():
                 name: render(path.read_text(encoding="utf-8"), conversation)
                 for name, conversation in CONVERSATIONS.items()
             }
-            for path in sorted((HERE / "templates").glob("*.jinja"))
+            for path in sorted(templates.glob("*.jinja"))
         },
     }
     text = json.dumps(golden, ensure_ascii=False, indent=1) + "\n"
-    (HERE / "golden.json").write_text(text, encoding="utf-8")
+    (written / "golden.json").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
