@@ -112,36 +112,47 @@ fn serve(args: &Args) -> Result<()> {
     runtime.block_on(async {
         let listener = tokio::net::TcpListener::bind(address).await.map_err(failed)?;
         let local = listener.local_addr().map_err(failed)?;
+        let end = signal();
         eprintln!("[{} on {}: http://{local}]", folder.display(), model.backend_name());
         if !local.ip().is_loopback() && server.is_open() {
             eprintln!("warning: whoever reaches {local} can use the model: there is no --api-key");
         }
-        server.run(listener, signal()).await.map_err(failed)
+        server.run(listener, end).await.map_err(failed)
     })
 }
 
-/// Waits for the first signal that asks for the end; the second ends the program at once.
-async fn signal() {
-    asked().await;
-    eprintln!("[ending: once more ends at once]");
-    tokio::spawn(async {
-        asked().await;
-        std::process::exit(130);
-    });
+/// Waits for the first signal that asks for the end; the second ends the program at once. Signals are
+/// heard from the call on.
+fn signal() -> impl Future<Output = ()> + Send + 'static {
+    let first = asked();
+    async {
+        first.await;
+        eprintln!("[ending: once more ends at once]");
+        tokio::spawn(async {
+            asked().await;
+            std::process::exit(130);
+        });
+    }
 }
 
 #[cfg(unix)]
-async fn asked() {
+fn asked() -> impl Future<Output = ()> + Send + 'static {
     use tokio::signal::unix::{SignalKind, signal};
-    let terminate = async {
-        match signal(SignalKind::terminate()) {
-            Ok(mut terminate) => drop(terminate.recv().await),
-            Err(_) => std::future::pending().await,
+    let heard = [SignalKind::interrupt(), SignalKind::terminate()].map(|kind| {
+        let signal = signal(kind);
+        async {
+            match signal {
+                Ok(mut signal) => drop(signal.recv().await),
+                Err(_) => std::future::pending().await,
+            }
         }
-    };
-    tokio::select! {
-        _ = tokio::signal::ctrl_c() => {}
-        () = terminate => {}
+    });
+    let [interrupt, terminate] = heard;
+    async {
+        tokio::select! {
+            () = interrupt => {}
+            () = terminate => {}
+        }
     }
 }
 
