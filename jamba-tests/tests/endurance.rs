@@ -76,6 +76,7 @@ fn carry(
     every: usize,
     mut also: impl FnMut(&mut Session, &mut dyn FnMut(&mut Session)),
 ) {
+    let name = format!("{backend:?}");
     let model = Model::load(folder(), backend).unwrap();
     let mut carried = session(&model, tokens + 8);
     let sampling = Sampling { temperature: 1.0, seed: 7, ..Sampling::default() };
@@ -93,8 +94,8 @@ fn carry(
             let seconds = began.elapsed().as_secs_f64();
             let mut anew = session(&model, position);
             anew.append(carried.tokens()).unwrap();
-            same(&format!("{backend:?} after {position}"), &carried, &anew);
-            println!("{backend:?}: {position} tokens ({seconds:.0} s), as in chunks");
+            same(&format!("{name} after {position}"), &carried, &anew);
+            println!("{name}: {position} tokens ({seconds:.0} s), as in chunks");
         }
         also(&mut carried, &mut next);
     }
@@ -168,7 +169,7 @@ fn every_16_bit_weight_is_itself() {
         for backend in CpuBackend::all() {
             let backend = backend.with_precision(Precision::F32);
             let one_hot: Vec<f32> = (0..k * k).map(|i| f32::from(i % (k + 1) == 0)).collect();
-            let got = products(backend, tensor.clone(), &one_hot);
+            let got = products(&backend, tensor.clone(), &one_hot);
             for (i, expected) in expected.iter().enumerate() {
                 let got = got[i % k * n + i / k];
                 assert!(got == *expected, "{dtype} {:#06x}: {got:e} not {expected:e}", bits[i]);
@@ -182,7 +183,7 @@ fn every_16_bit_weight_is_itself() {
 }
 
 /// `x W`, a row of x with a row of W each.
-fn products(backend: CpuBackend, weight: HostTensor, x: &[f32]) -> Vec<f32> {
+fn products(backend: &CpuBackend, weight: HostTensor, x: &[f32]) -> Vec<f32> {
     let &[n, k] = weight.shape() else { panic!("a matrix") };
     let weight = backend.upload(Param::new("weight", Role::Linear, weight)).unwrap();
     let rows = x.len() / k;
@@ -204,7 +205,7 @@ fn the_edges_of_products_of_bf16() {
     let one_hot: Vec<f32> = (0..k * k).map(|i| f32::from(i % (k + 1) == 0)).collect();
     for backend in CpuBackend::all() {
         let tensor = HostTensor::from_halves(Dtype::Bf16, vec![n, k], bits.to_vec());
-        let got = products(backend, tensor, &one_hot);
+        let got = products(&backend, tensor, &one_hot);
         for (i, bits) in bits.iter().enumerate() {
             let (got, expected) = (got[i % k * n + i / k], bf16::from_bits(*bits).to_f32());
             let flushed = expected.is_subnormal() && backend.precision() == Precision::Bf16;
@@ -222,7 +223,7 @@ fn the_edges_of_products_of_integers() {
     let row = |scale: f32| (0..k).map(move |i| scale * (((i * 37 % 127) as f32 - 63.0) / 64.0));
     for backend in CpuBackend::all() {
         for format in [WeightFormat::Int8, WeightFormat::Int4] {
-            let backend = backend.with_format(format);
+            let backend = backend.clone().with_format(format);
             for (w_scale, x_scale) in [
                 (1e19, 1e18),
                 (1e-19, 1e38),
@@ -242,7 +243,7 @@ fn the_edges_of_products_of_integers() {
                 let terms = weight.iter().zip(&x).map(|(w, x)| f64::from(*w) * f64::from(*x));
                 let (sum, size) =
                     terms.fold((0.0, 0.0), |(sum, size), t| (sum + t, size + t.abs()));
-                let got = f64::from(products(backend, tensor, &x)[0]);
+                let got = f64::from(products(&backend, tensor, &x)[0]);
                 // Half a step of each activation, all of those whose step is no normal number, and a sum
                 // that is none.
                 let weights: f64 = weight.iter().map(|w| f64::from(w.abs())).sum();
