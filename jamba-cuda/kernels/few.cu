@@ -164,12 +164,13 @@ __device__ __forceinline__ void few(const FewArgs& a) {
     };
     const unsigned char* w[TILES];
     const unsigned char* scales[TILES];
-    // From the upper row of a lane to its lower one.
-    const u32 rows_down = (u32)(row_of_w(0, 8 + group) - row_of_w(0, group));
-    const u32 down = rows_down * a.stride, scales_down = rows_down * a.scale_stride;
+    // From the upper row of a lane to its lower one, which are the same where they are the last.
+    u32 down[TILES], scales_down[TILES];
 #pragma unroll
     for (int m = 0; m < TILES; ++m) {
         const u64 row = row_of_w(m, group);
+        const u32 rows_down = (u32)(row_of_w(m, 8 + group) - row);
+        down[m] = rows_down * a.stride, scales_down[m] = rows_down * a.scale_stride;
         w[m] = a.w + row * a.stride + part * 16;
         scales[m] = a.scales + row * a.scale_stride;
     }
@@ -184,7 +185,7 @@ __device__ __forceinline__ void few(const FewArgs& a) {
             const unsigned char* scale_from = scales[m] + (step * STEP + part * LANE) / 32 * 2;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const u32 below = half ? down : 0, scale_below = half ? scales_down : 0;
+                const u32 below = half ? down[m] : 0, scale_below = half ? scales_down[m] : 0;
                 raw[i][m][half] = valid ? load_streaming(from + below) : make_uint4(0, 0, 0, 0);
                 scale[i][m][half] =
                     IN_BLOCKS && valid ? __ldg((const bf16*)(scale_from + scale_below)) : 0;
