@@ -296,11 +296,12 @@ impl Device {
     }
 
     /// What `work` launches on this thread, as a graph; none of it runs. It must neither allocate
-    /// nor copy, nor wait for the device.
+    /// nor copy, nor wait for the device. `None` where what another thread did meanwhile spoilt it,
+    /// as the driver allows any of its own work to.
     pub(crate) fn capture<E: From<Error>>(
         &self,
         work: impl FnOnce() -> std::result::Result<(), E>,
-    ) -> std::result::Result<Graph, E> {
+    ) -> std::result::Result<Option<Graph>, E> {
         let _nothing_is_loaded = LOADING.write().unwrap_or_else(PoisonError::into_inner);
         let stream = self.capturing.lock().unwrap_or_else(PoisonError::into_inner);
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
@@ -310,11 +311,14 @@ impl Device {
             work()
         };
         // Ended even where the work failed: the stream is needed for the next.
-        let ended = stream.end_capture(sys::CUgraphInstantiate_flags(0));
-        worked?;
-        let graph = ended.map_err(driver_error("making a graph"))?;
-        let spoilt = DriverError(CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
-        graph.map(Graph).ok_or_else(|| driver_error("making a graph")(spoilt).into())
+        match stream.end_capture(sys::CUgraphInstantiate_flags(0)) {
+            // Then every launch of the work failed too.
+            Err(DriverError(CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED)) => Ok(None),
+            ended => {
+                worked?;
+                Ok(ended.map_err(driver_error("making a graph"))?.map(Graph))
+            }
+        }
     }
 
     /// Runs a graph after all work given so far.

@@ -78,7 +78,10 @@ pub(crate) fn forward(
         // All memory is allocated and all algorithms are chosen once this has run.
         return run(b, config, w, s, state);
     }
-    let graph = b.device.capture(|| run(b, config, w, s, state))?;
+    let Some(graph) = b.device.capture(|| run(b, config, w, s, state))? else {
+        // The next such step tries again.
+        return run(b, config, w, s, state);
+    };
     let rows = tensors(s).map(|t| t.rows());
     let workspaces = b.workspaces();
     let key = key(config, w, s, state, workspaces.ids());
