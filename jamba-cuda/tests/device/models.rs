@@ -8,7 +8,7 @@ use jamba_core::random::RandomParams;
 use jamba_core::weights::ParamSpec;
 use jamba_core::{
     Batch, Config, Dtype, GenerateOptions, HostTensor, LanguageModel, Limits, Model, ModelRunner,
-    Outputs, Param, ParamSource, Role, Runner, Sampling, SessionOptions, StatePart, Tokenizer,
+    Outputs, Param, ParamSource, Runner, Sampling, SessionOptions, StatePart, Tokenizer,
     WeightFormat, generate,
 };
 use jamba_cpu::{CpuBackend, ReferenceBackend};
@@ -18,7 +18,7 @@ use jamba_tests::tolerance::tolerance;
 use libtest_mimic::{Failed, Trial};
 
 use crate::support::{
-    check, close, guarded, guarded_with, law, of_table, random, root, small, text,
+    Unambiguous, check, close, guarded, guarded_with, law, of_table, random, root, small, text,
 };
 
 pub(crate) fn trials(precision: Precision) -> Vec<Trial> {
@@ -104,24 +104,6 @@ fn stored(backend: CudaBackend) -> Result<(), Failed> {
     check(bf16 == f32, "f32 gives other logits than bf16")
 }
 
-/// Random weights; where experts are chosen, with a router that gives all the same, so that the
-/// first are, whatever is rounded.
-struct Unambiguous {
-    chooses: bool,
-}
-
-impl ParamSource for Unambiguous {
-    fn param(&self, spec: &ParamSpec) -> jamba_core::Result<Param> {
-        let param = RandomParams { seed: 5, dtype: Dtype::Bf16 }.param(spec)?;
-        if spec.role != Role::Router || !self.chooses {
-            return Ok(param);
-        }
-        let zeros = vec![0.0; param.to_f32().len()];
-        let tensor = HostTensor::from_f32(param.shape.clone(), zeros);
-        Ok(Param::new(param.name, param.role, tensor))
-    }
-}
-
 /// Prompts of two sequences, of more tokens than random problems have, and more after them: layer
 /// by layer against the reference, then whole steps.
 fn prompts(backend: CudaBackend) -> Result<(), Failed> {
@@ -154,7 +136,7 @@ fn prompts_of(name: &str, config: &Config, backend: Arc<CudaBackend>) -> Result<
     second.push(1, 201, &ids[331..530], Outputs::All);
     let batches = [first, second];
 
-    let source = Unambiguous { chooses: config.num_experts_per_tok < config.num_experts };
+    let source = Unambiguous { seed: 5, chooses: config.num_experts_per_tok < config.num_experts };
     let cuda = Model::new(config.clone(), &source, backend)?;
     let reference = Model::new(config.clone(), &source, ReferenceBackend::new())?;
     let layers = &mut Layers::new(cuda.clone(), limits)?;
@@ -204,7 +186,7 @@ fn longest(backend: CudaBackend) -> Result<(), Failed> {
     let mut config = small();
     (config.num_experts, config.num_experts_per_tok) = (4, 2);
     // All experts are chosen by the same right, so that what is rounded does not choose others.
-    let model = Model::new(config, &Unambiguous { chooses: true }, backend)?;
+    let model = Model::new(config, &Unambiguous { seed: 5, chooses: true }, backend)?;
     let tokens = text(17, 1 << 18, 1000);
     let whole = last_logits(&model, &tokens, 8192)?;
     let name = format!("{precision:?}: 262144 tokens in chunks of 5000, not 8192");

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use jamba_core::random::RandomParams;
-use jamba_core::{Config, Dtype, Model, WeightFormat};
+use jamba_core::weights::ParamSpec;
+use jamba_core::{Config, Dtype, HostTensor, Model, Param, ParamSource, Role, WeightFormat};
 use jamba_cuda::{CudaBackend, CudaOptions, KernelCache, Precision};
 use jamba_tests::conformance::Instance;
 use jamba_tests::problem::AnyProblem;
@@ -174,6 +175,25 @@ pub(crate) fn random(
     backend: CudaBackend,
 ) -> jamba_core::Result<Model<CudaBackend>> {
     Model::new(config, &RandomParams { seed, dtype: Dtype::Bf16 }, backend)
+}
+
+/// Random weights; where experts are chosen, with a router that gives all the same, so that the
+/// first are, whatever is rounded.
+pub(crate) struct Unambiguous {
+    pub(crate) seed: u64,
+    pub(crate) chooses: bool,
+}
+
+impl ParamSource for Unambiguous {
+    fn param(&self, spec: &ParamSpec) -> jamba_core::Result<Param> {
+        let param = RandomParams { seed: self.seed, dtype: Dtype::Bf16 }.param(spec)?;
+        if spec.role != Role::Router || !self.chooses {
+            return Ok(param);
+        }
+        let zeros = vec![0.0; param.to_f32().len()];
+        let tensor = HostTensor::from_f32(param.shape.clone(), zeros);
+        Ok(Param::new(param.name, param.role, tensor))
+    }
 }
 
 /// Token ids of a random text.
