@@ -281,7 +281,7 @@ __device__ __forceinline__ void expert_down(const PackedArgs& a) {
         gated<ROWS, WARPS, false>(a);                                                         \
     }
 #define EACH(WARPS)                                                                           \
-    LINEAR(1, WARPS, 8) LINEAR(2, WARPS, 5)                                                   \
+    LINEAR(1, WARPS, 6) LINEAR(2, WARPS, 5)                                                   \
     extern "C" __global__ void BOUNDS(6) expert_gated_##WARPS(const PackedArgs a) {           \
         gated<1, WARPS, true>(a);                                                             \
     }                                                                                         \
