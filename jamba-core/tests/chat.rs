@@ -216,6 +216,11 @@ fn errors_say_where() {
         "{% set n = namespace(x=range(9999) | list) %}{% for i in range(150) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x | tojson(indent=64) }}",
         "{{ ('x ' * 20000000).rsplit() | length }}",
         "{{ strftime_now('%255Y' * 9999999) }}",
+        "{% set x = 'x' * 1000000 %}{{ range(9999) | map('replace', '', x) | join | length }}",
+        "{% set x = 'x' * 1000000 %}{% set n = namespace(x=[]) %}{% for i in range(999) %}{% set n.x = n.x + [x] %}{% endfor %}{{ n.x | join(1.5) | length }}",
+        "{% set n = namespace(x=['\t']) %}{% for i in range(50) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+        "{{ ('x\n' * 1000000) | indent(1000000) }}",
+        "{{ ('\n' * 20000000).splitlines() | length }}",
     ] {
         let error = render(greedy);
         assert!(error.contains("fuel"), "{greedy}: {error}");

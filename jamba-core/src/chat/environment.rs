@@ -4,10 +4,10 @@ use std::borrow::Cow;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Rest, ValueKind};
-use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value};
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value, filters};
 use minijinja_contrib::pycompat;
 
-use super::json::{Style, number};
+use super::json::{Style, text};
 use super::namespace::{Namespaces, SET};
 
 /// Characters that no text of a render has: they go through the template unseen.
@@ -40,13 +40,6 @@ pub(super) fn environment() -> Environment<'static> {
     if let Ok(syntax) = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build() {
         env.set_syntax(syntax);
     }
-    // Python writes large and small floats with an exponent.
-    env.set_formatter(|out, state, value| {
-        if value.kind() == ValueKind::Number && !value.is_integer() {
-            return out.write_str(&number(value, ["nan", "inf"])?).map_err(Error::from);
-        }
-        minijinja::escape_formatter(out, state, value)
-    });
     // In Python, strings and dicts have a length and items too.
     env.add_test("sequence", |value: Value| {
         matches!(value.kind(), ValueKind::Seq | ValueKind::String | ValueKind::Map)
@@ -64,6 +57,7 @@ pub(super) fn environment() -> Environment<'static> {
         });
         whole.map_or(default.unwrap_or(0.into()), Value::from)
     });
+    env.add_filter("indent", indent);
     env.add_function("raise_exception", |reason: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, reason))
     });
@@ -77,6 +71,69 @@ fn as_float(value: &Value) -> Option<f64> {
     }
 }
 
+/// Jinja's `indent(width=4, first=False, blank=False)`, of the lines that Python sees.
+fn indent(state: &State, said: Value, given: Rest<Value>, named: Kwargs) -> Result<String, Error> {
+    let argument = |index: usize, name: &str| -> Result<Value, Error> {
+        let named: Option<Value> = named.get(name)?;
+        Ok(named.or_else(|| given.get(index).cloned()).unwrap_or(Value::UNDEFINED))
+    };
+    let width = argument(0, "width")?;
+    let (first, blank) = (argument(1, "first")?.is_true(), argument(2, "blank")?.is_true());
+    named.assert_all_used()?;
+    let Some(said) = said.as_str() else {
+        let reason = format!("indent: {} is not a string", said.kind());
+        return Err(Error::new(ErrorKind::InvalidOperation, reason));
+    };
+    // As Jinja does, so that a last line may be empty.
+    let said = format!("{said}\n");
+    let lines = lines(state, &said)?;
+    let columns = match width.as_str() {
+        Some(text) => text.len(),
+        None if width.is_undefined() => 4,
+        None => usize::try_from(i64::try_from(width.clone())?).unwrap_or(0),
+    };
+    let bytes = columns.saturating_mul(lines.len()).saturating_add(said.len());
+    state.consume_fuel((bytes / BYTES_PER_FUEL) as u64)?;
+    let indention = width.as_str().map_or_else(|| " ".repeat(columns), str::to_owned);
+    let mut out = String::with_capacity(bytes);
+    for (index, line) in lines.iter().enumerate() {
+        out.push_str(if index > 0 { "\n" } else { "" });
+        let is_indented = if index == 0 { first } else { blank || !line.is_empty() };
+        out.push_str(if is_indented { &indention } else { "" });
+        out.push_str(line);
+    }
+    Ok(out)
+}
+
+/// Python's `str.splitlines`.
+fn lines<'a>(state: &State, text: &'a str) -> Result<Vec<&'a str>, Error> {
+    let is_end = |c: char| {
+        matches!(c, '\n' | '\r' | '\u{b}' | '\u{c}' | '\u{1c}'..='\u{1e}' | '\u{85}')
+            || matches!(c, '\u{2028}' | '\u{2029}')
+    };
+    let mut lines = Vec::new();
+    let mut rest = text;
+    while let Some(at) = rest.find(is_end) {
+        // A part takes more memory than the byte that ends it.
+        state.consume_fuel(1)?;
+        lines.push(&rest[..at]);
+        let end = &rest[at..];
+        let after = end.strip_prefix("\r\n").or_else(|| end.strip_prefix(is_end));
+        rest = after.unwrap_or_default();
+    }
+    if !rest.is_empty() {
+        lines.push(rest);
+    }
+    Ok(lines)
+}
+
+/// What a filter that minijinja has is called with.
+pub(super) fn arguments(value: Value, given: Rest<Value>, named: Kwargs) -> Vec<Value> {
+    let has_names = named.args().next().is_some();
+    let named = has_names.then(|| named.into());
+    std::iter::once(value).chain(given.0).chain(named).collect()
+}
+
 /// Adds what depends on the texts and on the time (`None`: now).
 pub(super) fn prepare(
     env: &mut Environment<'_>,
@@ -84,11 +141,32 @@ pub(super) fn prepare(
     now: Option<jiff::civil::DateTime>,
     namespaces: &Namespaces,
 ) {
+    let joined = Value::from_function(filters::join);
     namespaces.add_to(env);
+    let kept = marks.all();
+    // Python writes floats, and texts in lists, in another way.
+    let string = move |state: &State, value: Value| text(state, value, &kept);
+    env.set_formatter(move |out, state, value| {
+        let written = string(state, value.clone())?;
+        out.write_str(written.as_str().unwrap_or_default()).map_err(Error::from)
+    });
+    env.add_filter("string", string);
+    env.add_function(TEXT, string);
+    env.add_filter(
+        "join",
+        move |state: &mut State, value: Value, given: Rest<Value>, named: Kwargs| {
+            let mut value = value;
+            if given.len() < 2 && !named.has("attribute") {
+                let texts = value.try_iter()?.map(|item| string(state, item));
+                value = texts.collect::<Result<Vec<_>, _>>()?.into();
+            }
+            joined.call(state, &arguments(value, given, named))
+        },
+    );
     env.add_filter(
         "tojson",
         move |state: &State, value: Value, given: Rest<Value>, named: Kwargs| {
-            Style::new(&given, &named)?.dump(state, &value, &marks.all())
+            Style::new(&given, &named)?.dump(state, &value, &kept)
         },
     );
     let [open, close] = marks.generation;
@@ -109,11 +187,27 @@ fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Resul
         let reason = format!("can only assign to namespaces, not {}", value.kind());
         return Err(Error::new(ErrorKind::InvalidOperation, reason));
     }
+    let args = match name {
+        "split" | "rsplit" => &by_place(args, ["sep", "maxsplit"])?,
+        _ => args,
+    };
     match value.as_str().map(|text| string_method(state, text, name, args)) {
         Some(Ok(Some(result))) => Ok(result),
         Some(Err(error)) => Err(error),
         Some(Ok(None)) | None => pycompat::unknown_method_callback(state, value, name, args),
     }
+}
+
+/// Arguments with those that are given by name where they are expected.
+fn by_place<const N: usize>(args: &[Value], names: [&str; N]) -> Result<Vec<Value>, Error> {
+    let (given, named): (&[Value], Kwargs) = minijinja::value::from_args(args)?;
+    let mut args = given.to_vec();
+    for name in names.iter().skip(given.len()) {
+        args.push(named.get::<Option<Value>>(name)?.unwrap_or(Value::from(())));
+    }
+    named.assert_all_used()?;
+    while args.pop_if(|last| last.is_none()).is_some() {}
+    Ok(args)
 }
 
 /// Methods of strings that minijinja-contrib does not have.
@@ -164,6 +258,9 @@ fn string_method(
             let middle = if text.contains(part) { part } else { "" };
             Value::from((found.0.to_owned(), middle.to_owned(), found.1.to_owned()))
         }
+        "splitlines" if args.is_empty() => {
+            lines(state, text)?.into_iter().map(Value::from).collect()
+        }
         "rsplit" => {
             let (part, most): (Option<&str>, Option<i64>) = from_args(args)?;
             let most = most.and_then(|most| usize::try_from(most).ok()).unwrap_or(usize::MAX);
@@ -208,11 +305,8 @@ fn rsplit(
 
 /// Writes in minijinja's way what it does in another than Jinja2. `{% generation %}` becomes a
 /// filter over the block; the newline after `{% raw %}` stays; `{% set a.b = c %}` becomes a call of
-/// [`SET`]. No line moves.
-pub(super) fn translated(source: &str) -> Cow<'_, str> {
-    if !["generation", "raw", "namespace"].iter().any(|word| source.contains(word)) {
-        return source.into();
-    }
+/// [`SET`]; what `~` puts together passes through [`TEXT`]. No line moves.
+pub(super) fn translated(source: &str) -> String {
     let mut out = String::with_capacity(source.len() + 64);
     let mut rest = source;
     // For every `{% set %}` that is open, what follows its end.
@@ -230,8 +324,11 @@ pub(super) fn translated(source: &str) -> Cow<'_, str> {
         rest = after;
         let inner = tag[2..length].trim_start_matches(['-', '+']);
         let inner = inner.trim_end_matches(['-', '+']).trim();
+        let texts = if end == "#}" { None } else { concatenation(inner) };
+        let tag = texts.as_ref().map_or(tag.into(), |texts| tag.replacen(inner, texts, 1).into());
+        let (tag, inner): (Cow<'_, str>, _) = (tag, texts.as_deref().unwrap_or(inner));
         match inner {
-            _ if end != "%}" => out.push_str(tag),
+            _ if end != "%}" => out.push_str(&tag),
             "generation" => out.push_str(&tag.replacen("generation", "filter generation", 1)),
             "endgeneration" => out.push_str(&tag.replacen("endgeneration", "endfilter", 1)),
             "endset" => {
@@ -242,7 +339,7 @@ pub(super) fn translated(source: &str) -> Cow<'_, str> {
             }
             "raw" => {
                 let trims = tag.ends_with("-%}") || tag.ends_with("+%}");
-                out.push_str(if trims { tag } else { &tag[..length] });
+                out.push_str(if trims { &tag } else { &tag[..length] });
                 out.push_str(if trims { "" } else { "+%}" });
                 // As it is, up to its end.
                 let raw_end = end_of_raw(rest);
@@ -251,12 +348,12 @@ pub(super) fn translated(source: &str) -> Cow<'_, str> {
             }
             _ => match Assignment::parse(inner).and_then(|set| set.translated(&mut sets)) {
                 Some(set) => out.push_str(&tag.replacen(inner, &set, 1)),
-                None => out.push_str(tag),
+                None => out.push_str(&tag),
             },
         }
     }
     out.push_str(rest);
-    out.into()
+    out
 }
 
 /// A `{% set %}` tag.
@@ -298,12 +395,109 @@ impl<'a> Assignment<'a> {
 /// The variable that has the text of a block until it is an attribute.
 const BLOCK: &str = "__block";
 
-/// Where a tag ends: not inside of a string of it.
+/// The function that writes as Python does.
+const TEXT: &str = "__str";
+
+/// A tag with [`TEXT`] around what `~` puts together, unless nothing is.
+fn concatenation(tag: &str) -> Option<String> {
+    let first = tokens(tag).next()?.1;
+    if !tag.contains('~') || ["include", "import", "from", "extends"].contains(&first) {
+        return None;
+    }
+    let after = |at: usize| tag.len() - tag[at..].trim_start().len();
+    // Where an operand starts, whether there is a `~` before it, and whether there is a test, the
+    // argument of which may be an operand; for every open bracket.
+    let mut open = vec![(0, false, false)];
+    let mut wrapped = Vec::new();
+    for (at, token) in tokens(tag).chain([(tag.len(), "")]) {
+        let (start, is_joined, is_tested) = open.last_mut()?;
+        let operand = tag[*start..at].trim_end();
+        match token {
+            "(" | "[" | "{" => {
+                open.push((after(at + 1), false, false));
+                continue;
+            }
+            // A sign, not a difference.
+            "-" | "+" if operand.is_empty() || operand.ends_with(['*', '/', '%']) => continue,
+            "is" => *is_tested = true,
+            "~" | "-" | "+" | "<" | ">" | "!" | "not" | "in" => {}
+            ")" | "]" | "}" | "" | "," | ":" | "=" | "and" | "or" | "if" | "elif" | "else"
+            | "do" | "recursive" => {
+                *is_tested = false;
+            }
+            _ => continue,
+        }
+        if *is_tested && (*is_joined || token == "~") {
+            return None;
+        }
+        let is_text = end_of_string(operand) == Some(operand.len());
+        if (*is_joined || token == "~") && !operand.is_empty() && !is_text {
+            wrapped.push((*start, format!("{TEXT}(")));
+            wrapped.push((*start + operand.len(), ")".to_owned()));
+        }
+        (*start, *is_joined) = (after(at + token.len()), token == "~");
+        if matches!(token, ")" | "]" | "}") {
+            open.pop();
+        }
+    }
+    wrapped.sort_by_key(|(at, _)| *at);
+    let mut out = String::with_capacity(tag.len() + wrapped.len() * TEXT.len());
+    let mut from = 0;
+    for (at, put) in wrapped {
+        out.push_str(&tag[from..at]);
+        out.push_str(&put);
+        from = at;
+    }
+    out.push_str(&tag[from..]);
+    Some(out)
+}
+
+/// Words, strings and signs of one character, and where they are.
+fn tokens(tag: &str) -> impl Iterator<Item = (usize, &str)> {
+    let is_word = |c: char| c.is_alphanumeric() || c == '_';
+    let mut from = 0;
+    std::iter::from_fn(move || {
+        let rest = tag[from..].trim_start();
+        let at = tag.len() - rest.len();
+        let first = rest.chars().next()?;
+        let mut length = match first {
+            '"' | '\'' => end_of_string(rest).unwrap_or(rest.len()),
+            // An attribute may be named as a keyword is.
+            '.' => 1 + rest[1..].find(|c| !is_word(c)).unwrap_or(rest.len() - 1),
+            _ if is_word(first) => rest.find(|c| !is_word(c)).unwrap_or(rest.len()),
+            _ => first.len_utf8(),
+        };
+        // The sign of an exponent.
+        let is_number = rest.trim_start_matches('.').starts_with(|c: char| c.is_ascii_digit())
+            && rest[..length].ends_with(['e', 'E']);
+        if is_number && rest[length..].starts_with(['-', '+']) {
+            length += 1;
+        }
+        from = at + length;
+        Some((at, &rest[..length]))
+    })
+}
+
+/// Bytes of the string that `text` begins with.
+fn end_of_string(text: &str) -> Option<usize> {
+    let quote = text.chars().next().filter(|c| matches!(c, '"' | '\''))?;
+    let mut escaped = false;
+    let end = text.char_indices().skip(1).find(|(_, c)| {
+        let is_end = *c == quote && !escaped;
+        escaped = *c == '\\' && !escaped;
+        is_end
+    });
+    end.map(|(at, _)| at + 1)
+}
+
+/// Where a tag ends: not inside of a string or of braces of it.
 fn end_of_tag(tag: &str, end: &str) -> Option<usize> {
-    let (mut quote, mut escaped) = (None, false);
+    let (mut quote, mut escaped, mut braces) = (None, false, 0_usize);
     for (at, c) in tag.char_indices() {
         match quote {
-            None if tag[at..].starts_with(end) => return Some(at),
+            None if braces == 0 && tag[at..].starts_with(end) => return Some(at),
+            None if c == '{' && end != "#}" => braces += 1,
+            None if c == '}' => braces = braces.saturating_sub(1),
             None => quote = Some(c).filter(|c| matches!(c, '"' | '\'') && end != "#}"),
             Some(_) if escaped => escaped = false,
             Some(_) if c == '\\' => escaped = true,

@@ -149,7 +149,7 @@ impl ChatTemplate {
                     let reason = format!("it has more than {MAX_TEMPLATE} bytes");
                     return Err(Error::Template { path: path.clone(), line: 0, reason });
                 }
-                let parsed = translated(source).into_owned();
+                let parsed = translated(source);
                 env.add_template_owned(name.clone(), parsed).map_err(|e| refused(&path, &e))?;
             }
             Ok(env)
