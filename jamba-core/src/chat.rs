@@ -31,6 +31,7 @@
 //! and a user's characters is not looked at, nor is what assistants said.
 
 mod environment;
+mod generator;
 mod json;
 mod message;
 mod namespace;

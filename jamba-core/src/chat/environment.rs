@@ -7,6 +7,7 @@ use minijinja::value::{Kwargs, Rest, ValueKind};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value, filters};
 use minijinja_contrib::pycompat;
 
+use super::generator::{self, each};
 use super::json::{Style, text};
 use super::namespace::{Namespaces, SET};
 
@@ -57,7 +58,10 @@ pub(super) fn environment() -> Environment<'static> {
         });
         whole.map_or(default.unwrap_or(0.into()), Value::from)
     });
+    env.add_filter("list", |state: &State, value: Value| filters::list(state, each(value)?));
     env.add_filter("indent", indent);
+    generator::add_to(&mut env);
+    env.add_function(EACH, each);
     env.add_function("raise_exception", |reason: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, reason))
     });
@@ -155,7 +159,7 @@ pub(super) fn prepare(
     env.add_filter(
         "join",
         move |state: &mut State, value: Value, given: Rest<Value>, named: Kwargs| {
-            let mut value = value;
+            let mut value = each(value)?;
             if given.len() < 2 && !named.has("attribute") {
                 let texts = value.try_iter()?.map(|item| string(state, item));
                 value = texts.collect::<Result<Vec<_>, _>>()?.into();
@@ -305,7 +309,8 @@ fn rsplit(
 
 /// Writes in minijinja's way what it does in another than Jinja2. `{% generation %}` becomes a
 /// filter over the block; the newline after `{% raw %}` stays; `{% set a.b = c %}` becomes a call of
-/// [`SET`]; what `~` puts together passes through [`TEXT`]. No line moves.
+/// [`SET`]; what `{% for %}` goes over passes through [`EACH`], and what `~` puts together through
+/// [`TEXT`]. No line moves.
 pub(super) fn translated(source: &str) -> String {
     let mut out = String::with_capacity(source.len() + 64);
     let mut rest = source;
@@ -346,6 +351,10 @@ pub(super) fn translated(source: &str) -> String {
                 out.push_str(&rest[..raw_end]);
                 rest = &rest[raw_end..];
             }
+            _ if inner.starts_with("for") => match checked_loop(inner) {
+                Some(checked) => out.push_str(&tag.replacen(inner, &checked, 1)),
+                None => out.push_str(&tag),
+            },
             _ => match Assignment::parse(inner).and_then(|set| set.translated(&mut sets)) {
                 Some(set) => out.push_str(&tag.replacen(inner, &set, 1)),
                 None => out.push_str(&tag),
@@ -394,6 +403,33 @@ impl<'a> Assignment<'a> {
 
 /// The variable that has the text of a block until it is an attribute.
 const BLOCK: &str = "__block";
+
+/// The function that refuses what Python cannot iterate over.
+const EACH: &str = "__iter";
+
+/// `for x in y if z` with [`EACH`] around `y`.
+fn checked_loop(tag: &str) -> Option<String> {
+    let over = keyword(tag, "in")? + "in".len();
+    let (head, rest) = tag.split_at(over);
+    let ends = [keyword(rest, "if"), keyword(rest, "recursive"), Some(rest.len())];
+    let (over, tail) = rest.split_at(ends.into_iter().flatten().min()?);
+    // Twice: what it goes over may be a tuple without parentheses.
+    (!over.trim().is_empty()).then(|| format!("{head} {EACH}(({over})) {tail}"))
+}
+
+/// Where a word is, outside of strings and brackets.
+fn keyword(tag: &str, word: &str) -> Option<usize> {
+    let mut depth = 0;
+    let found = tokens(tag).find(|(_, token)| {
+        match *token {
+            "(" | "[" | "{" => depth += 1,
+            ")" | "]" | "}" => depth -= 1,
+            _ => {}
+        }
+        depth == 0 && *token == word
+    });
+    found.map(|(at, _)| at)
+}
 
 /// The function that writes as Python does.
 const TEXT: &str = "__str";

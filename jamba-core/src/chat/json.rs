@@ -5,6 +5,7 @@ use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Error, ErrorKind, State, Value};
 
 use super::environment::BYTES_PER_FUEL;
+use super::generator::Generator;
 
 /// How values are written.
 pub(super) struct Style {
@@ -106,7 +107,9 @@ impl Writer<'_> {
                 self.python_string(value.as_str().unwrap_or_default());
             }
             ValueKind::String => self.string(value.as_str().unwrap_or_default()),
-            ValueKind::Seq | ValueKind::Iterable => {
+            ValueKind::Seq | ValueKind::Iterable
+                if value.downcast_object_ref::<Generator>().is_none() =>
+            {
                 let items = value.try_iter()?.collect::<Vec<_>>();
                 let is_tuple = self.style.is_python && value.is_tuple();
                 let brackets = match (is_tuple, items.len()) {
