@@ -29,6 +29,23 @@
 //! that was [told the tokenizer](ChatTemplate::with_guard) takes such spellings in messages and
 //! documents as the characters that they are. What the template itself puts together out of its own
 //! and a user's characters is not looked at, nor is what assistants said.
+//!
+//! # What is not as in Python
+//!
+//! Templates are rendered by minijinja, not by Jinja2. What it does not have is an error: the operator
+//! `%` of strings, rare methods (`zfill`) and arguments of methods, rare filters, tests and functions
+//! (`truncate`, `is callable`, `cycler`), `varargs` and `kwargs` of macros. Without an error,
+//!
+//! - what is marked as safe (`safe`, `e`) does not escape what `+` puts to it;
+//! - filters and methods of strings that are given another value (`trim`, `format`) write floats that
+//!   have an exponent in Python without it, or with another, and so does `~` in a tag where it stands
+//!   beside an `is` without parentheses;
+//! - ranges, `items()` of dicts, groups, functions and generators are printed otherwise;
+//! - some of what Python refuses is done: comparing texts or what is undefined with numbers, JSON and
+//!   lengths of what is no list (ranges, `items`, `reverse`, `batch`), joining numbers with
+//!   `str.join`, `loop(none)`;
+//! - `attr` finds what a dict has, digits are all numeric characters, and `title` of a string takes an
+//!   apostrophe for a letter.
 
 mod environment;
 mod generator;

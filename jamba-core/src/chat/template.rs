@@ -30,8 +30,7 @@ pub enum End {
 /// Writes conversations as the text that a model was trained on, as transformers'
 /// `apply_chat_template` does: the same Jinja environment, filters and functions. A clone shares it.
 ///
-/// Two things are not as in Python: strings have no `%` operator, and floats of more than 16 digits
-/// are written without an exponent where they are put together with other text (`~`, lists).
+/// [The module](super) says what is not as in Python.
 #[derive(Clone)]
 pub struct ChatTemplate {
     inner: Arc<Inner>,
