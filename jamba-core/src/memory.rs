@@ -1,9 +1,8 @@
 //! What a model needs in memory, from its configuration alone: weights in a format, KV cache per
 //! token, Mamba state per sequence.
 //!
-//! A session needs all three and its [`Scratch`](crate::Scratch). Only the KV cache grows with the
-//! context, and only attention layers have one: that is what makes long contexts cheap
-//! (arXiv 2403.19887, Table 1).
+//! A session needs all three and its [`Scratch`]. Only the KV cache grows with the context, and only
+//! attention layers have one: that is what makes long contexts cheap (arXiv 2403.19887, Table 1).
 //!
 //! ```
 //! use jamba_core::{Config, memory};
