@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 /// Continues every prompt of a file, many at a time, and prints the texts in the order of the
 /// prompts.
 ///
-/// The file has a prompt in each line: as it is, or, where every line is a JSON object, in its
+/// The file has a prompt in each line: as it is, or, where the first line is a JSON object, in its
 /// field `prompt`, with `max_tokens`, `seed` and `priority` if they are to differ. Texts go to
 /// stdout, progress and throughput to stderr. A text does not depend on the number of slots.
 #[derive(Parser)]
@@ -84,7 +84,8 @@ fn batch(args: &Args) -> Result<()> {
     let mut sampling = Sampling::from_folder(&folder)?;
     sampling.temperature = args.temperature.unwrap_or(sampling.temperature);
     let prompts = prompts(args, &file, &tokenizer, &sampling)?;
-    let longest = prompts.iter().map(|p| p.request.prompt.len() + p.request.options.max_tokens);
+    let longest =
+        prompts.iter().map(|p| p.request.prompt.len().saturating_add(p.request.options.max_tokens));
     let options = EngineOptions {
         slots: args.slots,
         context: args.context.unwrap_or(longest.max().unwrap_or(1).max(1)),
@@ -144,30 +145,50 @@ fn prompts(
     tokenizer: &Tokenizer,
     sampling: &Sampling,
 ) -> Result<Vec<Prompt>> {
-    let lines = || file.lines().filter(|line| !line.trim().is_empty());
-    let objects: Option<Vec<Value>> =
-        lines().map(|line| serde_json::from_str(line).ok().filter(Value::is_object)).collect();
-    let plain = || lines().map(|line| json!({ "prompt": line })).collect();
+    let lines = || (1..).zip(file.lines()).filter(|(_, line)| !line.trim().is_empty());
+    let object = |line: &str| serde_json::from_str(line).ok().filter(Value::is_object);
+    // What the first line is, all are.
+    let is_json = lines().next().is_some_and(|(_, line)| object(line).is_some());
     let mut prompts = Vec::new();
-    for (fields, number) in objects.unwrap_or_else(plain).into_iter().zip(0..) {
-        let text = fields["prompt"].as_str().ok_or_else(|| Error::Option {
-            option: "prompt",
-            value: fields.to_string(),
-            allowed: "every JSON line must have a string `prompt`",
-        })?;
-        let size = |key: &str| fields[key].as_u64().and_then(|n| usize::try_from(n).ok());
-        let seed = fields["seed"].as_u64().unwrap_or(args.seed.wrapping_add(number));
+    for ((at, line), number) in lines().zip(0..) {
+        let wrong = |allowed| Error::Option {
+            option: "prompts",
+            value: format!("line {at}: {line}"),
+            allowed,
+        };
+        let fields = match is_json {
+            true => object(line).ok_or_else(|| wrong("as the first line, all must be objects"))?,
+            false => json!({ "prompt": line }),
+        };
+        let text = fields["prompt"].as_str();
+        let text = text.ok_or_else(|| wrong("every object must have a string `prompt`"))?;
+        let known = ["prompt", "max_tokens", "seed", "priority"];
+        if fields.as_object().is_some_and(|f| f.keys().any(|key| !known.contains(&key.as_str()))) {
+            return Err(wrong("an object has `prompt`, `max_tokens`, `seed` and `priority`"));
+        }
+        let whole = |key: &str| match &fields[key] {
+            Value::Null => Ok(None),
+            value => value
+                .as_u64()
+                .map(Some)
+                .ok_or_else(|| wrong("`max_tokens` and `seed` are integers from 0 on")),
+        };
+        let seed = whole("seed")?.unwrap_or(args.seed.wrapping_add(number));
+        let max_tokens = whole("max_tokens")?.and_then(|n| usize::try_from(n).ok());
         let options = GenerateOptions {
             sampling: Sampling { seed, ..sampling.clone() },
-            max_tokens: size("max_tokens").unwrap_or(args.max_tokens),
+            max_tokens: max_tokens.unwrap_or(args.max_tokens),
             ignore_eos: args.ignore_eos,
             ..GenerateOptions::default()
         };
-        let priority = fields["priority"].as_i64().and_then(|n| i32::try_from(n).ok());
-        let request = Request {
-            priority: priority.unwrap_or(0),
-            ..Request::new(tokenizer.encode(text)?, options)
+        let priority = match &fields["priority"] {
+            Value::Null => 0,
+            value => value
+                .as_i64()
+                .and_then(|n| i32::try_from(n).ok())
+                .ok_or_else(|| wrong("`priority` is an integer of 32 bits"))?,
         };
+        let request = Request { priority, ..Request::new(tokenizer.encode(text)?, options) };
         prompts.push(Prompt { text: text.to_owned(), request });
     }
     Ok(prompts)

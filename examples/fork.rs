@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use clap::Parser;
 use jamba_core::{
-    Error, GenerateOptions, Generator, Result, Sampling, Session, SessionOptions, Tokenizer,
-    WeightFormat,
+    Error, GenerateOptions, Generator, Result, Sampling, Session, SessionOptions, Snapshot,
+    Tokenizer, WeightFormat,
 };
 use jamba_examples::{BackendName, model_folder, note, print, run};
 
@@ -65,19 +65,29 @@ fn fork(args: &Args) -> Result<()> {
     let tokenizer = Tokenizer::from_folder(&folder)?;
     let ids = tokenizer.encode(&args.prompt)?;
     let edit = tokenizer.encode_plain(&args.edit)?;
-    let context = (ids.len() + edit.len()).saturating_add(args.max_tokens);
+    let saved =
+        args.state.as_ref().filter(|path| path.is_file()).map(Snapshot::load).transpose()?;
+    let held = saved.as_ref().map_or(ids.len(), Snapshot::position);
+    if args.rewind >= held {
+        return Err(Error::Option {
+            option: "rewind",
+            value: args.rewind.to_string(),
+            allowed: "a token of the prompt must be left",
+        });
+    }
+    let context = (held + edit.len()).saturating_add(args.max_tokens);
     let mut session = model.session(SessionOptions { context, ..SessionOptions::default() })?;
     session.checkpoint_every(args.checkpoint_every);
 
     let start = Instant::now();
-    match &args.state {
-        Some(path) if path.is_file() => session.load(path)?,
-        _ => drop(session.append(&ids)?),
+    match &saved {
+        Some(saved) => {
+            note!("[the prompt is the one of the state]");
+            session.restore(saved)?;
+        }
+        None => drop(session.append(&ids)?),
     }
     note!("[{} tokens of prompt: {:.1?}]", session.position(), start.elapsed());
-    if args.rewind > session.position() {
-        return Err(Error::Rewind { position: 0, held: session.position() });
-    }
     if let Some(path) = &args.state {
         session.save(path)?;
     }

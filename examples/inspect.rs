@@ -158,9 +158,9 @@ fn memory(out: &mut String, config: &Config, contexts: &[usize]) {
         let bits = 8.0 * size as f64 / ParamCount::new(config).total as f64;
         line!(out, "  {format:20} {:>12}  {bits:5.2} bits a weight", bytes(size));
     }
-    let state = mamba_state_bytes(config, Dtype::Bf16.size());
+    let state = mamba_state_bytes(config, Dtype::F32.size());
     line!(out, "\nMamba state, any context {:>10} a sequence", bytes(state));
-    line!(out, "The CPU backends keep keys, values and states in f32: twice the KV cache below.");
+    line!(out, "The CPU backends keep keys and values in f32: twice the KV cache below.");
     let names = WeightFormat::ALL.map(|format| format!("{:>14}", format.name()));
     line!(out, "\nAll together, by context and format of the weights");
     line!(out, "   Context  KV cache, 16 bit{}", names.concat());

@@ -201,7 +201,7 @@ fn memory(args: &Args) -> Result<Value> {
     let (mut lines, mut rows) = (Vec::new(), Vec::new());
     for (name, drawn) in SHAPES {
         let config = Config::preset(name)?;
-        let state = mamba_state_bytes(&config, size);
+        let state = mamba_state_bytes(&config, 4);
         for format in FORMATS {
             let weights = weight_bytes(&config, format);
             let at = |context| weights + state + kv_bytes(&config, context, size);

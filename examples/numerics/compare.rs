@@ -1,6 +1,5 @@
 //! Two backends layer by layer, or two traces by name: where one departs from the other.
 
-use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -15,7 +14,7 @@ use jamba_core::{
 use jamba_cpu::{CpuBackend, ReferenceBackend};
 #[cfg(feature = "cuda")]
 use jamba_examples::cuda;
-use jamba_examples::{model_folder, parse_ids, run};
+use jamba_examples::{model_folder, parse_ids, print, run};
 use jamba_tests::compare::{Difference, all_differences};
 use jamba_tests::golden::read_trace;
 use jamba_tests::lockstep::{LayerRunner, Layers, lockstep};
@@ -61,8 +60,9 @@ struct Args {
     /// Tokens per step.
     #[arg(long, value_name = "N", default_value = "8")]
     chunk: std::num::NonZeroUsize,
-    /// Ends with exit code 1 if an error is larger than this share of its tensor's largest value.
-    #[arg(long, value_name = "SHARE", conflicts_with = "trace")]
+    /// Ends with exit code 1 if an error is larger than this share of its tensor's largest value, as it
+    /// does where tensors of two files have other shapes or are missing.
+    #[arg(long, value_name = "SHARE")]
     at_most: Option<f64>,
     /// Prints JSON instead of a table.
     #[arg(long)]
@@ -147,7 +147,10 @@ fn main() -> ExitCode {
     let code = run(|| {
         let args = Args::parse();
         match &args.trace {
-            Some(files) => traces(files, args.json),
+            Some(files) => {
+                is_within = traces(&args, files)?;
+                Ok(())
+            }
             None => match &args.preset {
                 Some(name) => {
                     let mut config = Config::preset(name)?;
@@ -196,7 +199,7 @@ fn backends(args: &Args, config: &Config, source: &impl ParamSource) -> Result<b
     let batches: Vec<Batch> =
         chunks.map(|(i, ids)| Batch::single(0, i * chunk, ids, Outputs::All)).collect();
     let report = lockstep(&mut *a, &mut *b, &batches)?;
-    show(&if args.json { format!("{:#}\n", report.to_json()) } else { report.to_string() });
+    print(&if args.json { format!("{:#}\n", report.to_json()) } else { report.to_string() })?;
     Ok(args.at_most.is_none_or(|bound| report.largest()[0] <= bound))
 }
 
@@ -242,28 +245,29 @@ fn free_memory() -> Option<u64> {
 }
 
 /// Prints; a reader that has gone, such as `head`, is no error.
-fn show(text: &str) {
-    let _ = std::io::stdout().write_all(text.as_bytes());
-}
-
-fn traces(files: &[PathBuf], json: bool) -> Result<()> {
+/// Whether both files have the same tensors, and all errors are as small as is asked for.
+fn traces(args: &Args, files: &[PathBuf]) -> Result<bool> {
     let (expected, got) = (read_trace(&files[0])?, read_trace(&files[1])?);
     let differences = all_differences(&got, &expected);
-    if json {
+    let is_within =
+        |d: &Difference| d.fault.is_none() && args.at_most.is_none_or(|bound| d.element <= bound);
+    let are_within = differences.iter().all(is_within);
+    if args.json {
         let row = |d: &Difference| {
             serde_json::json!({
                 "name": d.name, "largest": d.element, "rms": d.rms, "worst": d.worst,
                 "fault": d.fault,
             })
         };
-        show(&format!("{:#}\n", differences.iter().map(row).collect::<serde_json::Value>()));
-        return Ok(());
+        let rows = differences.iter().map(row).collect::<serde_json::Value>();
+        print(&format!("{rows:#}\n"))?;
+        return Ok(are_within);
     }
     let lines: String = differences.iter().map(|d| format!("{d}\n")).collect();
-    show(&format!(
+    print(&format!(
         "{} against {}\nerrors as shares of the largest value, and root mean squares (rms)\n\n{lines}",
         files[1].display(),
         files[0].display()
-    ));
-    Ok(())
+    ))?;
+    Ok(are_within)
 }

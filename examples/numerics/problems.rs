@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use jamba_core::recording::Recording;
 use jamba_core::{Error, Result};
-use jamba_examples::run;
+use jamba_examples::{print, run};
 use jamba_tests::oracle::OracleBackend;
 use jamba_tests::problem::{AnyProblem, NAMES, example};
 use jamba_tests::{Numbers, Precision};
@@ -48,7 +48,8 @@ fn problems(args: &Args) -> Result<()> {
     let numbers = Numbers::from(precision);
     let (Some(op), Some(output)) = (&args.op, &args.output) else {
         for name in NAMES {
-            println!("{name}\n  {}", example(name, &numbers, 0).expect("one of its names"));
+            let problem = example(name, &numbers, 0).expect("one of its names");
+            print(&format!("{name}\n  {problem}\n"))?;
         }
         return Ok(());
     };
@@ -62,7 +63,7 @@ fn problems(args: &Args) -> Result<()> {
     if problem.name() != op {
         return Err(wrong("case", problem.name(), "it must be of the operator that --op names"));
     }
-    println!("{problem}");
+    print(&format!("{problem}\n"))?;
     let expected = problem.run(&OracleBackend)?;
     let mut file = Recording::default();
     for (prefix, tensors) in [("in", problem.inputs().tensors), ("out", expected.tensors)] {
@@ -70,7 +71,7 @@ fn problems(args: &Args) -> Result<()> {
         file.tensors.extend(named);
     }
     for (name, tensor) in &file.tensors {
-        println!("  {name:48} {:?}", tensor.shape);
+        print(&format!("  {name:48} {:?}\n", tensor.shape))?;
     }
     file.save(output)?;
     jamba_examples::note!("wrote {} tensors to {}", file.tensors.len(), output.display());

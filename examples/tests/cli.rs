@@ -308,6 +308,42 @@ fn batch_reads_json_lines() {
 }
 
 #[test]
+fn batch_names_the_line_that_is_wrong() {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("prompts.jsonl");
+    for (line, part) in [
+        (r#"not json"#, "objects"),
+        (r#"{"text": "A"}"#, "`prompt`"),
+        (r#"{"prompt": "A", "max_tokens": -1}"#, "`max_tokens`"),
+        (r#"{"prompt": "A", "seed": "x"}"#, "`seed`"),
+        (r#"{"prompt": "A", "priority": 99999999999}"#, "`priority`"),
+        (r#"{"prompt": "A", "temperature": 3}"#, "an object has"),
+    ] {
+        std::fs::write(&file, format!("{{\"prompt\": \"B\"}}\n\n{line}\n")).unwrap();
+        refused(example("batch").arg(&file), &["line 3", part]);
+    }
+    std::fs::write(&file, "A\n").unwrap();
+    let most = usize::MAX.to_string();
+    refused(example("batch").arg(&file).args(["--max-tokens", &most]), &["bytes for states"]);
+}
+
+#[test]
+fn fork_goes_on_from_a_state_of_any_length() {
+    let folder = TempDir::new().unwrap();
+    let state = folder.path().join("state.safetensors");
+    let fork = |prompt: &str| {
+        let mut command = example("fork");
+        command.args(["--max-tokens", "4", "--forks", "1", "--temperature", "0", "--state"]);
+        success(command.arg(&state).args(["--prompt", prompt]))
+    };
+    let (first, _) = fork("Once upon a time there was a fox who lived in the forest");
+    let (second, err) = fork("A");
+    assert_eq!(first, second);
+    assert!(err.contains("of the state"), "{err}");
+    refused(example("fork").args(["--prompt", "A", "--rewind", "100"]), &["rewind", "100"]);
+}
+
+#[test]
 fn fork_says_what_rewinding_cost() {
     let folder = TempDir::new().unwrap();
     let state = folder.path().join("state.safetensors");

@@ -75,8 +75,12 @@ pub struct Limits {
 /// What is about to be allocated, all of it together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Need<'a> {
-    /// The parameters of a model, which all its runners share.
-    Weights,
+    /// The parameters of a model, which all its runners share. Those that are kept as they are stored
+    /// need no memory of their own where their file is `mapped`.
+    Weights {
+        /// [`ParamSource::is_mapped`](crate::ParamSource::is_mapped).
+        mapped: bool,
+    },
     /// Scratch and state of a runner with these limits; the weights are there already.
     Runner(&'a Limits),
 }

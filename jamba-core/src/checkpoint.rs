@@ -33,6 +33,12 @@ pub trait ParamSource {
     fn bytes(&self, spec: &ParamSpec) -> u64 {
         4 * spec.shape.iter().product::<usize>() as u64
     }
+
+    /// Whether parameters lie in mapped files, whose pages are the system's to drop. Provided: they do
+    /// not.
+    fn is_mapped(&self) -> bool {
+        false
+    }
 }
 
 /// The tensors of a model folder.
@@ -306,5 +312,9 @@ impl ParamSource for Checkpoint {
                 parts.iter().map(|(name, _)| stored(name)).sum()
             }
         }
+    }
+
+    fn is_mapped(&self) -> bool {
+        true
     }
 }

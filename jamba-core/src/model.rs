@@ -86,7 +86,7 @@ impl<B: Backend> Model<B> {
         mut progress: impl FnMut(Progress),
     ) -> Result<Self> {
         config.validate()?;
-        backend.check_memory(&config, Need::Weights)?;
+        backend.check_memory(&config, Need::Weights { mapped: source.is_mapped() })?;
         let mut hasher = Hasher::new();
         hasher.config(&config);
         let layout = Weights::layout(&config);

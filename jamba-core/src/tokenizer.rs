@@ -16,6 +16,7 @@ mod bytes;
 #[cfg(feature = "chat")]
 mod chat;
 mod decoder;
+mod growth;
 #[cfg(test)]
 mod tests;
 
@@ -107,6 +108,14 @@ impl Tokenizer {
         if ids > MAX_IDS {
             let reason = format!("it has the id {}: ids below {MAX_IDS} are allowed", ids - 1);
             return Err(refused(&path, reason));
+        }
+        let normalizer = serde_json::to_value(tokenizer.get_normalizer());
+        let decoder = serde_json::to_value(tokenizer.get_decoder());
+        for (what, part) in [("normalizer", normalizer), ("decoder", decoder)] {
+            let part = part.map_err(|error| refused(&path, error.to_string()))?;
+            if let Some(reason) = growth::excessive(what, &part) {
+                return Err(refused(&path, reason));
+            }
         }
         let alphabet = Alphabet::new(tokenizer.get_decoder());
 

@@ -111,7 +111,8 @@ fn what_does_not_fit_is_refused_beforehand() {
     refused(Model::new(config.clone(), &Untouched, quantised).err(), "weights");
     refused(Model::new(config.clone(), &Untouched, ReferenceBackend::new()).err(), "weights");
     // As they are stored they are mapped; only some tables are not.
-    CpuBackend::new().check_memory(&config, Need::Weights).unwrap();
+    CpuBackend::new().check_memory(&config, Need::Weights { mapped: true }).unwrap();
+    refused(Model::new(config.clone(), &Untouched, CpuBackend::new()).err(), "weights");
     CpuBackend::new().check_memory(&config, Need::Runner(&limits)).unwrap();
 
     let config = Config::preset("jamba-tales-11m").unwrap();

@@ -48,7 +48,7 @@ const ISA: &str = "JAMBA_CPU_ISA";
 /// # Threads
 ///
 /// A step is spread over a pool of threads that all backends of the process share and nobody else
-/// uses, as many as `RAYON_NUM_THREADS` says or the machine has cores: so a program whose own rayon
+/// uses, as many as `RAYON_NUM_THREADS` says, up to four for a core, or the machine has cores: so a program whose own rayon
 /// tasks wait for an [`Engine`](jamba_core::Engine) does not wait for ever. Within a rayon pool it
 /// is spread over that one: `pool.install(|| session.append(..))` chooses the threads. Those of an
 /// engine, which has a thread of its own, are chosen by [`with_pool`](Self::with_pool).
@@ -154,10 +154,13 @@ impl Backend for CpuBackend {
     }
 
     fn check_memory(&self, config: &Config, need: Need<'_>) -> Result<()> {
-        crate::memory::check(self, config, need, |spec| match self.format.layout(spec.role) {
-            // The pages of a mapped file are the system's to drop.
-            Layout::Stored => 0,
-            layout => layout.bytes(spec.matrix_shape(), Dtype::F32),
+        let stored = config.dtype.unwrap_or(Dtype::Bf16);
+        crate::memory::check(self, config, need, |spec, mapped| {
+            match self.format.layout(spec.role) {
+                // The pages of a mapped file are the system's to drop.
+                Layout::Stored if mapped => 0,
+                layout => layout.bytes(spec.matrix_shape(), stored),
+            }
         })
     }
 

@@ -7,6 +7,7 @@
 #![allow(unsafe_code)]
 
 use std::cell::Cell;
+use std::num::NonZeroUsize;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -102,7 +103,12 @@ fn shared() -> Option<&'static ThreadPool> {
         return None;
     }
     let name = |index| format!("jamba-cpu-{index}");
-    POOL.get_or_init(|| ThreadPoolBuilder::new().thread_name(name).build().ok()).as_ref()
+    // More threads than this would be made for one step after another to wait for.
+    let most = 4 * std::thread::available_parallelism().map_or(64, NonZeroUsize::get);
+    let asked = std::env::var("RAYON_NUM_THREADS").ok().and_then(|n| n.parse().ok());
+    let threads = asked.unwrap_or(0).min(most);
+    let build = || ThreadPoolBuilder::new().num_threads(threads).thread_name(name).build().ok();
+    POOL.get_or_init(build).as_ref()
 }
 
 /// Calls `f` with every number below `tasks`: on several threads inside of [`lead`], on this one

@@ -235,7 +235,7 @@ impl Backend for CudaBackend {
         let reserved = self.workspaces().bytes() + self.sample.bytes() + cublas::WORKSPACE_BYTES;
         let reserved = reserved as u64;
         match need {
-            Need::Weights => {
+            Need::Weights { .. } => {
                 // The least that any runner takes, so that loading is not in vain.
                 let least = Limits { slots: 1, context: 1, tokens: 1, outputs: 1 };
                 Ok(self.plan(config, &least)?.check_part(reserved)?)

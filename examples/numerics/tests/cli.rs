@@ -131,8 +131,8 @@ fn files_of_activations_are_compared_by_name() {
     write("linear", "1", &b);
     write("silu_mul", "1", &other);
     let compared = |to: &Path| {
-        let json = success(example("compare").arg("--trace").args([&a, to]).arg("--json"));
-        serde_json::from_str::<Vec<serde_json::Value>>(&json).unwrap()
+        let output = example("compare").arg("--trace").args([&a, to]).arg("--json").output();
+        serde_json::from_slice::<Vec<serde_json::Value>>(&output.unwrap().stdout).unwrap()
     };
     let same = compared(&b);
     assert!(same.len() > 2 && same.iter().all(|d| d["largest"] == 0.0 && d["fault"].is_null()));
@@ -140,6 +140,26 @@ fn files_of_activations_are_compared_by_name() {
     let named = |d: &&serde_json::Value| d["name"] == "in.weight" && !d["fault"].is_null();
     assert_eq!(compared(&other).iter().filter(named).count(), 1);
     refused(example("compare").arg("--trace").arg(&a).arg(folder.path().join("none")), &["none"]);
+}
+
+#[test]
+fn other_tensors_and_lost_output_end_with_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let [a, b] = ["a", "b"].map(|name| folder.path().join(name).with_extension("safetensors"));
+    for (op, path) in [("linear", &a), ("embed", &b)] {
+        success(example("problems").args(["--op", op, "--output"]).arg(path));
+    }
+    let code = |other| {
+        let mut command = example("compare");
+        command.arg("--trace").arg(&a).arg(other).output().unwrap().status.code()
+    };
+    assert_eq!((code(&a), code(&b)), (Some(0), Some(1)));
+    #[cfg(target_os = "linux")]
+    for (name, args) in [("problems", &["--list"][..]), ("compare", &["--tokens", "2"])] {
+        let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+        let status = example(name).args(args).stdout(full).status().unwrap();
+        assert_eq!(status.code(), Some(2), "{name}");
+    }
 }
 
 #[test]

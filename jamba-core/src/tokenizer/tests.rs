@@ -441,3 +441,32 @@ fn llama_once() -> &'static Tokenizer {
     static LLAMA: std::sync::OnceLock<Tokenizer> = std::sync::OnceLock::new();
     LLAMA.get_or_init(llama)
 }
+
+#[test]
+fn what_makes_a_letter_a_gigabyte_is_refused() {
+    let replace = json!({"type": "Replace", "pattern": {"String": "a"}, "content": "a".repeat(10)});
+    let many = |n| vec![replace.clone(); n];
+    let part = |kind: &str, n| json!({"type": "Sequence", kind: many(n)});
+    let tokenizer = |normalizer: Value, decoder: Value| {
+        let vocab = json!({"<s>": 0, "a": 1});
+        let json = json!({
+            "version": "1.0", "added_tokens": [], "normalizer": normalizer, "decoder": decoder,
+            "model": {"type": "BPE", "vocab": vocab, "merges": []},
+        });
+        Tokenizer::from_folder(folder(&json, &json!({})).path())
+    };
+    let kept = tokenizer(part("normalizers", 3), part("decoders", 3)).unwrap();
+    assert_eq!(kept.encode_plain("a").unwrap().len(), 1000);
+    for (normalizer, decoder, what) in [
+        (part("normalizers", 9), Value::Null, "normalizer"),
+        (Value::Null, part("decoders", 9), "decoder"),
+        (
+            json!({"type": "Sequence", "normalizers": vec![part("normalizers", 2); 4]}),
+            Value::Null,
+            "normalizer",
+        ),
+    ] {
+        let error = tokenizer(normalizer, decoder).err().unwrap().to_string();
+        assert!(error.contains(&format!("its {what} can make")), "{error}");
+    }
+}

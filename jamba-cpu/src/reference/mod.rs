@@ -116,7 +116,7 @@ impl Backend for ReferenceBackend {
     }
 
     fn check_memory(&self, config: &Config, need: Need<'_>) -> Result<()> {
-        crate::memory::check(self, config, need, |spec| 4 * spec.elements())
+        crate::memory::check(self, config, need, |spec, _| 4 * spec.elements())
     }
 
     fn upload(&self, param: Param) -> Result<Parameter> {
