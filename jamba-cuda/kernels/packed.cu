@@ -15,8 +15,9 @@
 // along y. The lanes of a group walk over k in steps of 16 bytes of W; x stays in the L1 cache. The
 // sums of its warps are added in order.
 // A quant q is not converted: its bits are put into the mantissa of a number that is q + OFFSET, and
-// OFFSET times the sum of x is taken off. Of int8 this costs 2^-9 of the magnitude of one x for every
-// 16 of them, a hundredth of what a rounding of x to bf16 would.
+// OFFSET times the sum of x is taken off. Of int8 this costs a thirteenth (x of one sign) to a
+// thirtieth (of both) of what rounding x to bf16 would: 1e-4 and 5e-5 of the sum of 16, random ones
+// simulated.
 // Constraints: n at least 4, k a multiple of 4, x and ldx of 16 bytes, W and stride of 16.
 
 #if PACKING == 3
