@@ -7,7 +7,7 @@ use std::fmt;
 use std::ops::Range;
 
 use jamba_core::recording::Recorded;
-use jamba_core::schedule::{MixerKind, Schedule};
+use jamba_core::schedule::{FeedForwardKind, MixerKind, Schedule};
 use jamba_core::{
     Backend, Batch, Cols, Config, Limits, Model, Result, Scratch, StatePart, compose,
 };
@@ -42,6 +42,12 @@ pub trait LayerRunner {
     /// # Errors
     /// What the backend reports.
     fn layer(&mut self, index: usize, hidden: &[f32]) -> Result<Vec<f32>>;
+
+    /// The router's logits of the layer run last, which has experts: `(tokens, num_experts)`.
+    ///
+    /// # Errors
+    /// What the backend reports.
+    fn router_logits(&self) -> Result<Vec<f32>>;
 
     /// Logits of `hidden (tokens, hidden_size)`: `(outputs, vocab_size)`.
     ///
@@ -129,6 +135,10 @@ impl<B: Backend> LayerRunner for Layers<B> {
         self.read(&self.scratch.hidden)
     }
 
+    fn router_logits(&self) -> Result<Vec<f32>> {
+        self.read(&self.scratch.router_logits)
+    }
+
     fn head(&mut self, hidden: &[f32]) -> Result<Vec<f32>> {
         let Self { model, scratch, state, .. } = self;
         let b = model.backend();
@@ -163,7 +173,7 @@ impl<B: Backend> LayerRunner for Layers<B> {
 /// The errors of one tensor over all batches, as shares of its largest value.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Errors {
-    /// `embed`, `hidden`, `conv`, `ssm`, `k`, `v` or `logits`.
+    /// `embed`, `hidden`, `router`, `conv`, `ssm`, `k`, `v` or `logits`.
     pub tensor: String,
     /// Largest of any element and batch.
     pub largest: f64,
@@ -180,8 +190,21 @@ pub struct Step {
     pub name: String,
     /// What the layer is made of: `mamba + mlp`.
     pub kind: String,
-    /// Output, then states.
+    /// Output, logits of the router, states.
     pub errors: Vec<Errors>,
+    /// Tokens for which the two chose other experts, whose outputs are not compared.
+    pub other_experts: Option<OtherExperts>,
+}
+
+/// Tokens whose experts the two chose otherwise: for a difference of the router's logits, which
+/// are compared for all tokens, that is no less than half of the margin.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct OtherExperts {
+    /// How many.
+    pub tokens: usize,
+    /// How far A's logit of its last chosen expert is above that of the next, at most: as a share
+    /// of the largest logit.
+    pub margin: f64,
 }
 
 /// What [`lockstep`] found.
@@ -199,6 +222,10 @@ pub struct Report {
 
 /// Runs `batches`, which go on from one another, on both: every layer of `b` gets the input and
 /// the state that `a`'s gets.
+///
+/// Where a token's experts are nearly as good as others, a rounding chooses: the output of such a
+/// token is as different as the experts are, and says nothing. It is left out of `hidden`, and
+/// counted.
 ///
 /// # Errors
 /// What either backend reports.
@@ -235,7 +262,21 @@ pub fn lockstep(
             }
             let (next, got) = (a.layer(layer, &hidden)?, b.layer(layer, &hidden)?);
             let step = &mut steps[1 + layer];
-            add(step, "hidden", &hidden_shape, &got, &next);
+            match kind.feed_forward {
+                FeedForwardKind::Mlp => add(step, "hidden", &hidden_shape, &got, &next),
+                FeedForwardKind::Moe => {
+                    let (top_k, experts) = (config.num_experts_per_tok, config.num_experts);
+                    let (scores, others) = (a.router_logits()?, b.router_logits()?);
+                    let is_same = same_experts(step, [&others, &scores], top_k, experts);
+                    let [got, next] = [&got, &next].map(|values| {
+                        let rows = values.chunks_exact(config.hidden_size).zip(&is_same);
+                        rows.filter(|(_, same)| **same).flat_map(|(row, _)| row).copied().collect()
+                    });
+                    let (got, next): (Vec<f32>, Vec<f32>) = (got, next);
+                    add(step, "hidden", &[next.len()], &got, &next);
+                    add(step, "router", &[tokens, experts], &others, &scores);
+                }
+            }
             for run in batch.runs() {
                 for part in parts {
                     let held = run.position + run.len;
@@ -257,7 +298,43 @@ pub fn lockstep(
 
 fn step(output: &str, name: String, kind: &str) -> Step {
     let errors = vec![Errors { tensor: output.into(), ..Errors::default() }];
-    Step { name, kind: kind.into(), errors }
+    Step { name, kind: kind.into(), errors, other_experts: None }
+}
+
+/// The `top_k` experts of largest logit, of equal ones the first, in order of their indices; and
+/// the best of the rest.
+fn chosen(logits: &[f32], top_k: usize) -> (Vec<usize>, Option<usize>) {
+    let mut order: Vec<usize> = (0..logits.len()).collect();
+    order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
+    let next = order.get(top_k).copied();
+    order.truncate(top_k);
+    order.sort_unstable();
+    (order, next)
+}
+
+/// Whether each token has the same experts on both; those of the others are noted. Logits of the
+/// router are of B, then of A.
+fn same_experts(
+    step: &mut Step,
+    [got, expected]: [&[f32]; 2],
+    top_k: usize,
+    experts: usize,
+) -> Vec<bool> {
+    let largest = expected.iter().fold(0f32, |largest, v| largest.max(v.abs()));
+    let tokens = got.chunks_exact(experts).zip(expected.chunks_exact(experts));
+    let mut is_same = Vec::new();
+    for (got, logits) in tokens {
+        let [(got, _), (expected, next)] = [got, logits].map(|logits| chosen(logits, top_k));
+        is_same.push(got == expected);
+        if let (Some(next), false) = (next, got == expected) {
+            let last = expected.iter().fold(f32::INFINITY, |last, e| last.min(logits[*e]));
+            let margin = f64::from(last - logits[next]) / f64::from(largest);
+            let found = step.other_experts.get_or_insert_default();
+            found.tokens += 1;
+            found.margin = found.margin.max(margin);
+        }
+    }
+    is_same
 }
 
 fn add(step: &mut Step, tensor: &str, shape: &[usize], got: &[f32], expected: &[f32]) {
@@ -317,9 +394,17 @@ impl fmt::Display for Report {
                 let (name, kind) = if i == 0 { (&*step.name, &*step.kind) } else { ("", "") };
                 write!(f, "{name:10} {kind:18} {:8} ", e.tensor)?;
                 match &e.fault {
-                    Some(fault) => writeln!(f, "{fault}")?,
-                    None => writeln!(f, "{:9.2e} {:9.2e}", e.largest, e.rms)?,
+                    Some(fault) => write!(f, "{fault}")?,
+                    None => write!(f, "{:9.2e} {:9.2e}", e.largest, e.rms)?,
                 }
+                if let (Some(others), 0) = (step.other_experts, i) {
+                    let OtherExperts { tokens, margin } = others;
+                    write!(
+                        f,
+                        "  without {tokens} that chose other experts, by {margin:.0e} at most"
+                    )?;
+                }
+                writeln!(f)?;
             }
         }
         let [largest, rms] = self.largest();

@@ -1,6 +1,7 @@
 //! Decode steps as graphs: to the bit those launched kernel by kernel.
 
 use jamba_core::backend::{Backend, Scratch};
+use jamba_core::trace::{Activation, Detail};
 use jamba_core::{
     Batch, Cols, Config, Limits, Model, ModelRunner, Outputs, Runner, WeightFormat, compose,
 };
@@ -134,15 +135,16 @@ fn decode_as_prompt(backend: CudaBackend) -> Result<(), Failed> {
         let model = Model::new(config, &source, backend.clone())?;
         let vocab_size = model.config().vocab_size;
         let mut runner = ModelRunner::new(model, limits)?;
-        let texts: Vec<_> =
+        let mut texts: Vec<_> =
             (0..).zip(lengths).map(|(seed, n)| text(seed + 40, n + 1, vocab_size)).collect();
-        let mut expected = Vec::new();
-        for (slot, tokens) in texts.iter().enumerate() {
-            runner.reset(lengths.len())?;
-            runner.step(&Batch::single(lengths.len(), 0, tokens, Outputs::Last))?;
+        let (spare, mut expected) = (lengths.len(), Vec::new());
+        for (slot, tokens) in texts.iter_mut().enumerate() {
+            let n = lengths[slot];
+            runner.step(&Batch::single(slot, 0, &tokens[..n], Outputs::None))?;
+            tokens[n] = unambiguous(&mut runner, [slot, spare], n, tokens[n])?;
+            runner.reset(spare)?;
+            runner.step(&Batch::single(spare, 0, tokens, Outputs::Last))?;
             expected.push(runner.logits()?);
-            let prompt = &tokens[..lengths[slot]];
-            runner.step(&Batch::single(slot, 0, prompt, Outputs::None))?;
         }
         // Of one, few and more sequences: each of them once.
         for slots in [&[5][..], &[0, 3], &[9, 1, 2, 4, 6, 7, 8, 10, 11, 12]] {
@@ -160,6 +162,39 @@ fn decode_as_prompt(backend: CudaBackend) -> Result<(), Failed> {
     }
     Ok(())
 }
+
+/// A token, the given one if it is, that leaves no doubt about its experts after the `n` tokens of
+/// the first slot: where some are nearly as good as others, a rounding chooses. The second slot is
+/// overwritten.
+fn unambiguous(
+    runner: &mut ModelRunner<std::sync::Arc<CudaBackend>>,
+    [slot, spare]: [usize; 2],
+    n: usize,
+    token: u32,
+) -> Result<u32, Failed> {
+    let [top_k, vocab_size] = [runner.config().num_experts_per_tok, runner.config().vocab_size];
+    for token in (token..).take(50).map(|token| token % vocab_size as u32) {
+        runner.copy_slot(slot, spare, n)?;
+        let mut least = f32::INFINITY;
+        let mut listener = |at: Activation, _: [usize; 2], logits: &[f32]| {
+            if at.name == "moe.router_logits" {
+                let mut sorted = logits.to_vec();
+                sorted.sort_by(|a, b| b.total_cmp(a));
+                let largest = logits.iter().fold(0f32, |largest, v| largest.max(v.abs()));
+                least = least.min((sorted[top_k - 1] - sorted[top_k]) / largest);
+            }
+        };
+        let batch = Batch::single(spare, n, &[token], Outputs::Last);
+        runner.step_traced(&batch, Detail::Operators, &mut listener)?;
+        if least >= DECISIVE {
+            return Ok(token);
+        }
+    }
+    Err(format!("no token after {n} leaves no doubt about its experts").into())
+}
+
+/// A difference of two experts' logits, as a share of the largest, that no rounding makes up for.
+const DECISIVE: f32 = 0.06;
 
 /// More numbers of sequences than graphs are kept, in turn.
 fn many_graphs(backend: CudaBackend) -> Result<(), Failed> {
