@@ -88,7 +88,7 @@ fn main() -> ExitCode {
 }
 
 fn bench(args: &Args) -> Result<()> {
-    let machine = Machine::measure(args.backend)?;
+    let machine = Machine::measure(args.backend, args.quant)?;
     let before = device_used(args.backend)?;
     let start = Instant::now();
     let (name, model) = load(args)?;

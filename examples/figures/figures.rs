@@ -137,7 +137,7 @@ fn figures(mut args: Args) -> Result<()> {
         all["memory"] = memory(&args)?;
     }
     if args.wants(Figure::Batch) || args.wants(Figure::Context) {
-        let machine = Machine::measure(args.backend)?;
+        let machine = Machine::measure(args.backend, args.quant)?;
         print(&format!("weights {}, on {}\n{machine}\n\n", args.quant, args.backend))?;
         let mut measured = Vec::new();
         for (title, config) in shapes {

@@ -30,36 +30,47 @@ pub struct Limit {
 }
 
 impl Machine {
-    /// Measures the machine that a backend runs on.
+    /// Measures the machine that a backend runs on, with weights in a format.
     ///
     /// # Errors
     /// [`Error::Memory`](jamba_core::Error::Memory), or what the GPU reports.
-    pub fn measure(backend: BackendName) -> Result<Self> {
+    pub fn measure(backend: BackendName, format: WeightFormat) -> Result<Self> {
         match backend {
-            BackendName::Cpu => Self::cpu(true),
-            BackendName::CpuF32 | BackendName::Reference => Self::cpu(false),
+            BackendName::Cpu => Self::cpu(Some(format)),
+            BackendName::CpuF32 | BackendName::Reference => Self::cpu(None),
             BackendName::Cuda => Self::cuda(false),
             BackendName::CudaF32 => Self::cuda(true),
         }
     }
 
-    fn cpu(with_bf16: bool) -> Result<Self> {
+    /// With products as the weights are, or else of f32.
+    fn cpu(format: Option<WeightFormat>) -> Result<Self> {
         let probe = jamba_cpu::probe()?;
         let bf16 = probe.bf16_tflop_per_s;
+        let products = match format {
+            None => probe.f32_tflop_per_s,
+            Some(WeightFormat::Stored) => bf16.unwrap_or(probe.f32_tflop_per_s),
+            Some(_) => probe.int8_top_per_s,
+        };
         let also = bf16.map_or(String::new(), |rate| format!(", of bf16 {rate:.3}"));
         Ok(Self {
             about: format!(
-                "{} threads of {}: reads {:.1} GB/s, products of f32 {:.3} TFLOP/s{also}",
-                probe.threads, probe.isa, probe.read_gb_per_s, probe.f32_tflop_per_s
+                "{} threads of {}: reads {:.1} GB/s, products of f32 {:.3} TFLOP/s{also}, of int8 {:.3}",
+                probe.threads,
+                probe.isa,
+                probe.read_gb_per_s,
+                probe.f32_tflop_per_s,
+                probe.int8_top_per_s
             ),
             bandwidth: 1e9 * probe.read_gb_per_s,
-            products: 1e12 * bf16.filter(|_| with_bf16).unwrap_or(probe.f32_tflop_per_s),
+            products: 1e12 * products,
             measured: json!({
                 "threads": probe.threads,
                 "isa": probe.isa,
                 "read_gb_per_second": probe.read_gb_per_s,
                 "f32_tflop_per_second": probe.f32_tflop_per_s,
                 "bf16_tflop_per_second": bf16,
+                "int8_top_per_second": probe.int8_top_per_s,
             }),
         })
     }

@@ -2,7 +2,7 @@
 //!
 //! Both operands have their sum index contiguous, so that a tile of rows of x and of W is a number
 //! of dot products that share their loads: no packing, and W is read where it is stored, once for
-//! all rows of x.
+//! all rows of x. (Where the machine multiplies tiles, those of x are packed.)
 
 use std::cell::Cell;
 use std::marker::PhantomData;
@@ -16,14 +16,27 @@ use crate::packed::{Activations, Group, PackedRows};
 use crate::simd::dots::{self, Dots, TILE_N, Turn, Widened};
 use crate::simd::integers::Integers;
 use crate::simd::quantised;
+#[cfg(target_arch = "x86_64")]
+use crate::simd::{
+    Amx, Avx512Bf16,
+    amx::{self, Chunk, Fours, Pairs},
+};
 use crate::simd::{Isa, with_integers, with_simd};
 use crate::tensor::View;
 use crate::weight::{Rows, Weight};
+#[cfg(target_arch = "x86_64")]
+use jamba_core::quant::BLOCK;
 
 /// Bytes of W that one task works on, which stay in the second-level cache.
 const TASK: usize = 256 << 10;
+/// Rows of x from which on quantised rows of W are unpacked into tiles.
+#[cfg(target_arch = "x86_64")]
+const LEAST_FOURS: usize = 24;
 /// Rows of x that stay in the last-level cache while all rows of W pass by.
 const PANEL: usize = 512;
+/// The same where tiles are multiplied.
+#[cfg(target_arch = "x86_64")]
+const TILED: usize = 768 << 10;
 /// Tiles of x that pass over a few rows of W together, at most.
 const FEW: usize = 4;
 
@@ -39,10 +52,14 @@ pub(crate) struct Products {
 pub(crate) struct Operand<'a> {
     f32: View<'a>,
     bf16: Option<View<'a, bf16>>,
+    #[cfg(target_arch = "x86_64")]
+    pairs: Option<Pairs<'a>>,
     int8: Option<Rounded<'a>>,
+    #[cfg(target_arch = "x86_64")]
+    fours: Option<Fours<'a>>,
 }
 
-/// Rows rounded to int8; of all rows those of `index`, from number `first` on.
+/// Rows rounded to int8: of all, or of those of `index`, the ones from number `first` on.
 #[derive(Clone, Copy)]
 struct Rounded<'a> {
     all: &'a Activations,
@@ -51,28 +68,28 @@ struct Rounded<'a> {
 }
 
 impl<'a> Rounded<'a> {
+    fn range(self, rows: std::ops::Range<usize>) -> Self {
+        Self { first: self.first + rows.start, ..self }
+    }
+
     #[inline(always)]
     fn row(&self, row: usize) -> &'a [Group] {
-        self.all.row(self.first + self.index.map_or(row, |index| index[row]))
+        let row = self.first + row;
+        self.all.row(self.index.map_or(row, |index| index[row]))
     }
 }
 
 impl<'a> Operand<'a> {
-    /// Of all rows these, in this order.
-    pub(crate) fn select(self, index: &'a [usize]) -> Self {
-        Self {
-            f32: self.f32.select(index),
-            bf16: self.bf16.map(|x| x.select(index)),
-            int8: self.int8.map(|x| Rounded { index: Some(index), ..x }),
-        }
-    }
-
-    /// The rows in this range.
+    /// The rows in this range, which begins and ends with a group or is a panel of one.
     pub(crate) fn range(self, rows: std::ops::Range<usize>) -> Self {
         Self {
             f32: self.f32.range(rows.clone()),
             bf16: self.bf16.map(|x| x.range(rows.clone())),
-            int8: self.int8.map(|x| Rounded { first: x.first + rows.start, ..x }),
+            #[cfg(target_arch = "x86_64")]
+            pairs: self.pairs.map(|x| x.range(rows.clone())),
+            #[cfg(target_arch = "x86_64")]
+            fours: self.fours.map(|x| x.range(rows.clone())),
+            int8: self.int8.map(|x| x.range(rows)),
         }
     }
 
@@ -82,52 +99,70 @@ impl<'a> Operand<'a> {
 }
 
 impl Products {
-    /// Calls `f` with x in the form in which it is multiplied with `weight`.
+    /// Calls `f` with x in the form in which it is multiplied with `weight`. Its rows are of groups,
+    /// each of which ends at one of `ends`, that are multiplied with different rows of it.
     pub(crate) fn prepare<R>(
         self,
         x: View<'_>,
+        ends: &[usize],
         weight: &Weight,
         f: impl FnOnce(Operand<'_>) -> R,
     ) -> R {
         thread_local! {
             // Taken out while it is used: another session may run on this thread meanwhile.
-            static ROUNDED: Cell<Vec<bf16>> = const { Cell::new(Vec::new()) };
             static INTEGERS: Cell<Activations> = Cell::default();
         }
-        match self.isa {
-            _ if self.precision == Precision::Bf16 && weight.is_packed() => {
-                let mut all = INTEGERS.take();
-                all.resize(x.rows, x.cols);
-                all.round(self.isa, x.rows, x.rows * x.cols >= parallel::PRODUCTS / 4, |r| {
-                    x.row(r)
-                });
-                let int8 = Some(Rounded { all: &all, index: None, first: 0 });
-                let result = f(Operand { f32: x, bf16: None, int8 });
-                INTEGERS.set(all);
-                result
-            }
+        let plain = Operand {
+            f32: x,
+            bf16: None,
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16(s) if self.precision == Precision::Bf16 && weight.has_bf16() => {
-                let mut buffer = ROUNDED.take();
-                // Rows begin on a cache line.
-                let stride = x.cols.next_multiple_of(32);
-                let len = x.rows * stride;
-                if buffer.len() < len + 31 {
-                    buffer.resize(len + 31, bf16::ZERO);
+            pairs: None,
+            int8: None,
+            #[cfg(target_arch = "x86_64")]
+            fours: None,
+        };
+        if self.precision != Precision::Bf16 {
+            return f(plain);
+        }
+        // Every row once, however many groups it is in.
+        let (all, index) = x.all();
+        let len = all.rows * all.cols;
+        if weight.is_packed() {
+            let mut integers = INTEGERS.take();
+            integers.resize(all.rows, all.cols);
+            integers.round(self.isa, all.rows, len >= parallel::PRODUCTS / 4, |row| all.row(row));
+            let rounded = Rounded { all: &integers, index, first: 0 };
+            let plain = Operand { int8: Some(rounded), ..plain };
+            let result = match self.isa {
+                #[cfg(target_arch = "x86_64")]
+                Isa::Amx(tiles) => packed_fours(tiles, rounded, all.cols, ends, |fours| {
+                    f(Operand { fours: Some(fours), ..plain })
+                }),
+                _ => f(plain),
+            };
+            INTEGERS.set(integers);
+            return result;
+        }
+        if !weight.has_bf16() {
+            return f(plain);
+        }
+        match self.isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx(tiles) => rounded(tiles.vectors(), all, |rows| {
+                let bf16 = index.map_or(rows, |index| rows.select(index));
+                match tiles.takes(all.cols) {
+                    true => packed_pairs(tiles, bf16, ends, |pairs| {
+                        f(Operand { bf16: Some(bf16), pairs: Some(pairs), ..plain })
+                    }),
+                    false => f(Operand { bf16: Some(bf16), ..plain }),
                 }
-                let start = buffer.as_ptr().align_offset(64).min(31);
-                let rounded = &mut buffer[start..start + len];
-                for_each_rows(rounded, stride, 16, len >= parallel::PRODUCTS, |first, rows| {
-                    for (r, to) in rows.chunks_exact_mut(stride).enumerate() {
-                        s.round(x.row(first + r), &mut to[..x.cols]);
-                    }
-                });
-                let bf16 = Some(View::padded(&*rounded, stride, x.cols));
-                let result = f(Operand { f32: x, bf16, int8: None });
-                ROUNDED.set(buffer);
-                result
-            }
-            _ => f(Operand { f32: x, bf16: None, int8: None }),
+            }),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16(s) => rounded(s, all, |rows| {
+                let bf16 = Some(index.map_or(rows, |index| rows.select(index)));
+                f(Operand { bf16, ..plain })
+            }),
+            _ => f(plain),
         }
     }
 
@@ -141,11 +176,11 @@ impl Products {
     ) -> Result<()> {
         weight.check_matrix()?;
         let [n, k] = weight.shape();
-        self.prepare(x, weight, |x| {
-            for (rows, out) in panels(x.rows(), out, n) {
+        self.prepare(x, &[x.rows], weight, |x| {
+            for (rows, out) in Self::panels(x.rows(), out, n) {
                 let (x, parallel) =
                     (x.range(rows.clone()), rows.len() * k * n >= parallel::PRODUCTS);
-                let out = Columns::new(out, n, n, task_rows(k, n));
+                let out = Columns::new(out, n, n, self.task_rows(k, n));
                 for_each([out], parallel, |[mut block]| {
                     let cols = block.cols();
                     self.products(x, weight, cols.start, &mut block);
@@ -175,6 +210,12 @@ impl Products {
         let isa = self.isa;
         let len = out.cols().len();
         let done = weight.pieces(start, len, |at, rows| match (isa, x.bf16, rows) {
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Amx(tiles), _, Rows::Packed(weights, rows))
+                if let Some(x) = x.fours.filter(|x| !x.chunks.is_empty()) =>
+            {
+                tiles.fours(x, weights.rows(rows), out, at);
+            }
             (_, _, Rows::Packed(weights, rows)) if let Some(int8) = x.int8 => {
                 let weights = weights.rows(rows);
                 with_integers!(isa, d => {
@@ -197,7 +238,11 @@ impl Products {
                 WIDENED.set(tile);
             }
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512Bf16(d), Some(x), Rows::Bf16(w)) => Dots::vectorize(
+            (Isa::Amx(tiles), _, Rows::Bf16(w)) if let Some(x) = x.pairs => {
+                tiles.pairs(x, w, out, at);
+            }
+            #[cfg(target_arch = "x86_64")]
+            (isa, Some(x), Rows::Bf16(w)) if let Some(d) = isa.bf16() => Dots::vectorize(
                 d,
                 #[inline(always)]
                 || Stored { d, x, w }.products(out, at),
@@ -216,21 +261,112 @@ impl Products {
     }
 }
 
-/// Rows of x that are multiplied with all of W before the next are, so that a long prompt is a number
-/// of short ones to the caches, and the rows of `out (rows, n)` that they make.
-pub(crate) fn panels(
-    rows: usize,
-    out: &mut [f32],
-    n: usize,
-) -> impl Iterator<Item = (std::ops::Range<usize>, &mut [f32])> {
-    let starts = (0..rows).step_by(PANEL).map(move |first| first..rows.min(first + PANEL));
-    starts.zip(out.chunks_mut((PANEL * n).max(1)))
+/// Calls `f` with rows rounded to bf16.
+#[cfg(target_arch = "x86_64")]
+fn rounded<R>(s: Avx512Bf16, x: View<'_>, f: impl FnOnce(View<'_, bf16>) -> R) -> R {
+    thread_local! {
+        static ROUNDED: Cell<Vec<bf16>> = const { Cell::new(Vec::new()) };
+    }
+    let mut buffer = ROUNDED.take();
+    // Rows begin on a cache line.
+    let stride = x.cols.next_multiple_of(32);
+    let rows = aligned(&mut buffer, x.rows * stride);
+    let parallel = rows.len() >= parallel::PRODUCTS;
+    for_each_rows(rows, stride, 16, parallel, |first, rows| {
+        for (r, to) in rows.chunks_exact_mut(stride).enumerate() {
+            s.round(x.row(first + r), &mut to[..x.cols]);
+        }
+    });
+    let result = f(View::padded(&*rows, stride, x.cols));
+    ROUNDED.set(buffer);
+    result
 }
 
-/// Rows of W that one task works on: enough tasks for the threads to end at the same time.
-pub(crate) fn task_rows(k: usize, n: usize) -> usize {
-    let most = (TASK / (2 * k.max(1))).clamp(16, 64);
-    most.min(n.div_ceil(8)).next_multiple_of(TILE_N).max(16)
+/// Calls `f` with rows packed for tiles.
+#[cfg(target_arch = "x86_64")]
+fn packed_pairs<R>(
+    tiles: Amx,
+    x: View<'_, bf16>,
+    ends: &[usize],
+    f: impl FnOnce(Pairs<'_>) -> R,
+) -> R {
+    thread_local! {
+        static PACKED: Cell<(Vec<bf16>, Vec<Chunk>)> = Cell::default();
+    }
+    let (mut buffer, mut chunks) = PACKED.take();
+    Chunk::of_groups(ends, 1, &mut chunks);
+    let values = aligned(&mut buffer, chunks.len() * amx::ROWS * x.cols);
+    let parallel = values.len() >= parallel::PRODUCTS;
+    for_each_rows(values, amx::ROWS * x.cols, 1, parallel, |chunk, to| {
+        tiles.pack_pairs(chunks[chunk], |row| x.row(row), to);
+    });
+    let result = f(Pairs { values, chunks: &chunks, k: x.cols });
+    PACKED.set((buffer, chunks));
+    result
+}
+
+/// Calls `f` with the rows of large groups packed for tiles.
+#[cfg(target_arch = "x86_64")]
+fn packed_fours<R>(
+    tiles: Amx,
+    x: Rounded<'_>,
+    k: usize,
+    ends: &[usize],
+    f: impl FnOnce(Fours<'_>) -> R,
+) -> R {
+    thread_local! {
+        static PACKED: Cell<(Vec<amx::Packed>, Vec<Chunk>)> = Cell::default();
+    }
+    let (mut buffer, mut chunks) = PACKED.take();
+    Chunk::of_groups(ends, LEAST_FOURS, &mut chunks);
+    let blocks = k.div_ceil(BLOCK);
+    let len = chunks.len() * blocks;
+    if buffer.len() < len {
+        buffer.resize(len, amx::Packed::default());
+    }
+    let parallel = len * BLOCK * amx::ROWS >= parallel::PRODUCTS;
+    for_each_rows(&mut buffer[..len], blocks, 1, parallel, |chunk, to| {
+        tiles.pack_fours(chunks[chunk], |row| x.row(row), to);
+    });
+    let result = f(Fours { values: &buffer[..len], chunks: &chunks, blocks });
+    PACKED.set((buffer, chunks));
+    result
+}
+
+/// Values on whole cache lines.
+#[cfg(target_arch = "x86_64")]
+fn aligned(buffer: &mut Vec<bf16>, len: usize) -> &mut [bf16] {
+    if buffer.len() < len + 31 {
+        buffer.resize(len + 31, bf16::ZERO);
+    }
+    let start = buffer.as_ptr().align_offset(64).min(31);
+    &mut buffer[start..start + len]
+}
+
+impl Products {
+    /// Rows of x that are multiplied with all of W before the next are, so that a long prompt is a
+    /// number of short ones to the caches, and the rows of `out (rows, n)` that they make.
+    pub(crate) fn panels(
+        rows: usize,
+        out: &mut [f32],
+        n: usize,
+    ) -> impl Iterator<Item = (std::ops::Range<usize>, &mut [f32])> {
+        let starts = (0..rows).step_by(PANEL).map(move |first| first..rows.min(first + PANEL));
+        starts.zip(out.chunks_mut((PANEL * n).max(1)))
+    }
+
+    /// Rows of W that one task works on: enough tasks for the threads to end at the same time.
+    pub(crate) fn task_rows(self, k: usize, n: usize) -> usize {
+        let (task, least, most) = match self.isa {
+            #[cfg(target_arch = "x86_64")]
+            // Two tiles of 16 rows are multiplied together, it takes a while to shape them, and tiles
+            // are so fast that reading x again for each task takes longest.
+            Isa::Amx(_) => (TILED, 32, 512),
+            _ => (TASK, 16, 64),
+        };
+        let rows = (task / (2 * k.max(1))).clamp(least, most);
+        rows.min(n.div_ceil(8)).next_multiple_of(least)
+    }
 }
 
 /// Products of rows of x with rows of W by tiles.
@@ -416,19 +552,61 @@ mod tests {
     }
 
     #[test]
-    fn products_of_bf16_round_activations_once() {
+    fn quantised_products_are_the_same_in_tiles_and_in_vectors() {
+        use WeightFormat::{ExpertsInt8, Int4, Int8};
+        let [mut of_tiles, mut of_vectors] = [None, None];
+        for isa in Isa::available() {
+            let to = match isa.name() {
+                "amx" => &mut of_tiles,
+                "avx512bf16" => &mut of_vectors,
+                _ => continue,
+            };
+            *to = Some(Products { isa, precision: Precision::Bf16 });
+        }
+        let (Some(of_tiles), Some(of_vectors)) = (of_tiles, of_vectors) else {
+            eprintln!("not run: no AMX");
+            return;
+        };
+        for format in [ExpertsInt8, Int8, Int4] {
+            for [n, k, rows] in
+                [[3, 32, 24], [33, 100, 31], [70, 600, 40], [16, 1024, 100], [20, 2560, 33]]
+            {
+                let weight = weight([n, k], Dtype::F32, format);
+                let x = values(rows * k, 5);
+                let run = |products: Products| {
+                    let mut out = vec![f32::NAN; rows * n];
+                    products.linear(View::new(&x, k), &weight, None, &mut out).unwrap();
+                    out
+                };
+                assert_eq!(run(of_tiles), run(of_vectors), "{format} {n}x{k}, {rows}");
+            }
+        }
+    }
+
+    #[test]
+    fn products_of_bf16_round_activations_once_and_do_not_depend_on_the_batch() {
+        let sizes =
+            [[7, 133, 5], [1, 32, 1], [16, 32, 2], [33, 64, 16], [70, 96, 17], [100, 320, 150]];
         for isa in Isa::available() {
             let of = |precision| Products { isa, precision };
-            let (n, k) = (7, 133);
-            let weight = weight([n, k], Dtype::Bf16, WeightFormat::Stored);
-            let x = values(5 * k, 5);
-            let near: Vec<f32> = x.iter().map(|v| bf16::from_f32(*v).to_f32()).collect();
-            let (mut a, mut b) = (vec![0.0; 5 * n], vec![0.0; 5 * n]);
-            of(Precision::Bf16).linear(View::new(&x, k), &weight, None, &mut a).unwrap();
-            let x = if isa.has_bf16() { &near } else { &x };
-            of(Precision::F32).linear(View::new(x, k), &weight, None, &mut b).unwrap();
-            for (a, b) in a.iter().zip(&b) {
-                assert!((a - b).abs() < 1e-4, "{}: {a} not {b}", isa.name());
+            for [n, k, rows] in sizes.into_iter().take(if cfg!(miri) { 3 } else { 6 }) {
+                let weight = weight([n, k], Dtype::Bf16, WeightFormat::Stored);
+                let x = values(rows * k, 5);
+                let near: Vec<f32> = x.iter().map(|v| bf16::from_f32(*v).to_f32()).collect();
+                let (mut a, mut b) = (vec![f32::NAN; rows * n], vec![0.0; rows * n]);
+                of(Precision::Bf16).linear(View::new(&x, k), &weight, None, &mut a).unwrap();
+                let exact = if isa.has_bf16() { &near } else { &x };
+                of(Precision::F32).linear(View::new(exact, k), &weight, None, &mut b).unwrap();
+                for (a, b) in a.iter().zip(&b) {
+                    let name = isa.name();
+                    assert!((a - b).abs() < 1e-4, "{name} {n}x{k}, {rows}: {a} not {b}");
+                }
+                for m in 0..rows {
+                    let mut alone = vec![0.0; n];
+                    let row = View::new(&x[m * k..(m + 1) * k], k);
+                    of(Precision::Bf16).linear(row, &weight, None, &mut alone).unwrap();
+                    assert_eq!(alone, a[m * n..(m + 1) * n], "{}, row {m}", isa.name());
+                }
             }
         }
     }

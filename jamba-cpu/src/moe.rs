@@ -9,7 +9,7 @@ use jamba_core::weights::{Mlp, Moe};
 
 use crate::columns::{Block, Columns, for_each, for_each_group, for_each_rows, parallel};
 use crate::elementwise::silu_mul;
-use crate::linear::{Products, panels, task_rows};
+use crate::linear::Products;
 use crate::tensor::View;
 use crate::weight::Weight;
 
@@ -75,18 +75,18 @@ pub(crate) fn moe_experts(
     let group = |g: usize| if g == 0 { 0..ends[0] } else { ends[g - 1]..ends[g] };
 
     let act = sized(act, uses.len() * inter);
-    products.prepare(x, &weights.gate_up_proj, |x| {
-        let matrix = Columns::new(act, inter, inter, task_rows(hidden, 2 * inter));
+    products.prepare(x.select(tokens), ends, &weights.gate_up_proj, |x| {
+        let matrix = Columns::new(act, inter, inter, products.task_rows(hidden, 2 * inter));
         let parallel = uses.len() * hidden * 2 * inter >= parallel::PRODUCTS;
         for_each_group(&matrix, ends, parallel, |g, mut block| {
-            let x = x.select(&tokens[group(g)]);
+            let x = x.range(group(g));
             let first = experts[g] * 2 * inter;
             gate_up(products, x, &weights.gate_up_proj, (first, inter), &mut block);
         });
     });
     let y = sized(y, uses.len() * hidden);
-    products.prepare(View::new(act, inter), &weights.down_proj, |act| {
-        let matrix = Columns::new(y, hidden, hidden, task_rows(inter, hidden));
+    products.prepare(View::new(act, inter), ends, &weights.down_proj, |act| {
+        let matrix = Columns::new(y, hidden, hidden, products.task_rows(inter, hidden));
         let parallel = uses.len() * hidden * inter >= parallel::PRODUCTS;
         for_each_group(&matrix, ends, parallel, |g, mut block| {
             let first = experts[g] * hidden + block.cols().start;
@@ -126,11 +126,11 @@ pub(crate) fn mlp(
 ) -> Result<()> {
     weights.gate_up_proj.check_matrix()?;
     let (tokens, hidden, inter) = (x.rows, x.cols, weights.down_proj.shape()[1]);
-    products.prepare(x, &weights.gate_up_proj, |x| {
-        for (rows, act) in panels(tokens, act, inter) {
+    products.prepare(x, &[tokens], &weights.gate_up_proj, |x| {
+        for (rows, act) in Products::panels(tokens, act, inter) {
             let (x, parallel) =
                 (x.range(rows.clone()), rows.len() * hidden * 2 * inter >= parallel::PRODUCTS);
-            let matrix = Columns::new(act, inter, inter, task_rows(hidden, 2 * inter));
+            let matrix = Columns::new(act, inter, inter, products.task_rows(hidden, 2 * inter));
             for_each([matrix], parallel, |[mut block]| {
                 gate_up(products, x, &weights.gate_up_proj, (0, inter), &mut block);
             });

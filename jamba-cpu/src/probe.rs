@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use jamba_core::Result;
 
-use crate::simd::{Isa, peak, with_simd};
+use crate::simd::{Isa, peak, with_integers, with_simd};
 use jamba_core::host::zeros;
 
 /// Elements of the buffer that is read: 1 GiB, more than caches hold.
@@ -20,15 +20,17 @@ const ROUNDS: usize = 1 << 20;
 pub struct Probe {
     /// Threads.
     pub threads: usize,
-    /// Instruction set of the kernels: `avx512bf16`, `avx512`, `avx2` or `portable`.
+    /// Instruction set of the kernels: `amx`, `avx512bf16`, `avx512`, `avx2` or `portable`.
     pub isa: &'static str,
     /// Reading a buffer of 1 GiB once, in 10^9 bytes a second.
     pub read_gb_per_s: f64,
     /// Fused multiply-adds of f32 in registers, in 10^12 operations a second, two each.
     pub f32_tflop_per_s: f64,
-    /// Dot products of pairs of bf16 into f32 in registers, where the machine has an instruction
-    /// for them (AVX-512 BF16), in 10^12 operations a second.
+    /// Products of bf16 into f32 in registers, where the machine has an instruction for them (AMX or
+    /// AVX-512 BF16), in 10^12 operations a second.
     pub bf16_tflop_per_s: Option<f64>,
+    /// Products of bytes into 32 bits in registers, in 10^12 operations a second.
+    pub int8_top_per_s: f64,
 }
 
 /// Measures the machine: the best of a few repeats. Takes 1 GiB meanwhile, and about a second.
@@ -54,7 +56,12 @@ pub fn probe() -> Result<Probe> {
         isa: isa.name(),
         read_gb_per_s: read(isa)?,
         f32_tflop_per_s: rate(&|| with_simd!(isa, s => peak::multiply_adds(s, ROUNDS))),
-        bf16_tflop_per_s: peak::Bf16Dots::detect().map(|dots| rate(&|| dots.run(ROUNDS))),
+        bf16_tflop_per_s: peak::bf16_multiply_adds(isa).map(|work| rate(&|| work(ROUNDS))),
+        int8_top_per_s: rate(&|| match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx(tiles) => tiles.multiply_adds(ROUNDS, true),
+            _ => with_integers!(isa, d => peak::integer_multiply_adds(d, ROUNDS)),
+        }),
     })
 }
 
@@ -92,6 +99,7 @@ mod tests {
         assert!(probe.read_gb_per_s > 0.1 && probe.read_gb_per_s < 1e5, "{probe:?}");
         assert!(probe.f32_tflop_per_s > 1e-4 && probe.f32_tflop_per_s < 1e3, "{probe:?}");
         assert!(probe.bf16_tflop_per_s.is_none_or(|rate| rate > 1e-4), "{probe:?}");
+        assert!(probe.int8_top_per_s > 1e-4, "{probe:?}");
         assert_eq!(probe.threads, rayon::current_num_threads());
     }
 }

@@ -85,9 +85,21 @@ impl<'a, T> View<'a, T> {
         Self { rows: index.len(), index: Some(index), ..self }
     }
 
+    /// All rows that some of are chosen, and which.
+    pub(crate) fn all(self) -> (Self, Option<&'a [usize]>) {
+        let rows = match self.index {
+            Some(_) => self.values.len().checked_div(self.stride).unwrap_or(0),
+            None => self.rows,
+        };
+        (Self { rows, index: None, ..self }, self.index)
+    }
+
     /// The rows in this range.
     pub(crate) fn range(self, rows: std::ops::Range<usize>) -> Self {
-        debug_assert!(self.index.is_none() && rows.end <= self.rows);
+        debug_assert!(rows.end <= self.rows);
+        if let Some(index) = self.index {
+            return Self { rows: rows.len(), index: Some(&index[rows]), ..self };
+        }
         let values = &self.values[rows.start * self.stride..rows.end * self.stride];
         Self { values, rows: rows.len(), ..self }
     }

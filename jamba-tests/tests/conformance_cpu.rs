@@ -5,8 +5,11 @@ use jamba_cpu::CpuBackend;
 use jamba_tests::{Format, Precision, Support, cases};
 use libtest_mimic::{Arguments, Failed, Trial};
 
-/// Instruction sets, best first as [`CpuBackend::all`] has them. Only the first has products of bf16.
-const ISAS: [&str; 4] = ["avx512bf16", "avx512", "avx2", "portable"];
+/// Instruction sets, best first as [`CpuBackend::all`] has them.
+const ISAS: [&str; 5] = ["amx", "avx512bf16", "avx512", "avx2", "portable"];
+
+/// Those with products of bf16.
+const WITH_BF16: [&str; 2] = ["amx", "avx512bf16"];
 
 /// Problems of a case in a format that quantises: what does not touch weights is the same code as
 /// in all problems of the stored ones.
@@ -15,13 +18,13 @@ const CASES_QUANTISED: u32 = 16;
 fn main() {
     let mut trials = Vec::new();
     for isa in ISAS {
-        let is_best = isa == ISAS[0];
-        let native = if is_best { Precision::Bf16Products } else { Precision::F32 };
+        let has_bf16 = WITH_BF16.contains(&isa);
+        let native = if has_bf16 { Precision::Bf16Products } else { Precision::F32 };
         trials.extend(trials_of(isa, native, None, |_| true));
         for format in Format::QUANTISED {
             // Integers on every instruction set, and products of f32 with what they stand for.
             trials.extend(trials_of(isa, Precision::Bf16Products, Some(format), |case| {
-                is_best || case.starts_with("problem::")
+                has_bf16 || case.starts_with("problem::")
             }));
             trials.extend(trials_of(isa, Precision::F32, Some(format), |case| {
                 case.starts_with("problem::")

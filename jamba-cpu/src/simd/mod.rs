@@ -7,6 +7,8 @@
 #![allow(unsafe_code)]
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
 mod bf16;
 mod math;
 mod portable;
@@ -18,6 +20,8 @@ pub(crate) mod integers;
 pub(crate) mod peak;
 pub(crate) mod quantised;
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) use amx::Amx;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use bf16::Avx512Bf16;
 use portable::Portable;
@@ -126,6 +130,9 @@ impl Element for half::f16 {
 /// The instruction set that kernels run on.
 #[derive(Clone, Copy)]
 pub(crate) enum Isa {
+    /// AMX with BF16 and INT8, beside AVX-512 with BF16 and VNNI.
+    #[cfg(target_arch = "x86_64")]
+    Amx(Amx),
     /// AVX-512 with BF16 and VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16(Avx512Bf16),
@@ -148,6 +155,17 @@ pub(crate) enum Vectors {
     Portable(Portable),
 }
 
+/// The vectors of integers of an instruction set.
+pub(crate) enum Dots {
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni(Avx512Bf16),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2),
+    Portable(Portable),
+}
+
 impl Isa {
     /// The best that this machine has.
     pub(crate) fn detect() -> Self {
@@ -160,7 +178,9 @@ impl Isa {
         #[cfg(target_arch = "x86_64")]
         {
             let avx512 = Avx512::detect();
-            all.extend(avx512.and_then(Avx512Bf16::detect).map(Self::Avx512Bf16));
+            let bf16 = avx512.and_then(Avx512Bf16::detect);
+            all.extend(bf16.and_then(Amx::detect).map(Self::Amx));
+            all.extend(bf16.map(Self::Avx512Bf16));
             all.extend(avx512.map(Self::Avx512));
             all.extend(Avx2::detect().map(Self::Avx2));
         }
@@ -168,9 +188,11 @@ impl Isa {
         all
     }
 
-    /// `avx512bf16`, `avx512`, `avx2` or `portable`.
+    /// `amx`, `avx512bf16`, `avx512`, `avx2` or `portable`.
     pub(crate) fn name(self) -> &'static str {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx(_) => "amx",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16(_) => "avx512bf16",
             #[cfg(target_arch = "x86_64")]
@@ -188,10 +210,19 @@ impl Isa {
 
     /// Whether it multiplies bf16.
     pub(crate) fn has_bf16(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.bf16().is_some();
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
+    /// Its vectors of bf16.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn bf16(self) -> Option<Avx512Bf16> {
         match self {
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512Bf16(_) => true,
-            _ => false,
+            Self::Amx(s) => Some(s.vectors()),
+            Self::Avx512Bf16(s) => Some(s),
+            _ => None,
         }
     }
 
@@ -199,12 +230,29 @@ impl Isa {
     pub(crate) fn vectors(self) -> Vectors {
         match self {
             #[cfg(target_arch = "x86_64")]
+            Self::Amx(s) => Vectors::Avx512(s.vectors().avx512()),
+            #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16(s) => Vectors::Avx512(s.avx512()),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512(s) => Vectors::Avx512(s),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(s) => Vectors::Avx2(s),
             Self::Portable(s) => Vectors::Portable(s),
+        }
+    }
+
+    /// Its vectors of integers.
+    pub(crate) fn dots(self) -> Dots {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx(s) => Dots::Avx512Vnni(s.vectors()),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16(s) => Dots::Avx512Vnni(s),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(s) => Dots::Avx512(s),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(s) => Dots::Avx2(s),
+            Self::Portable(s) => Dots::Portable(s),
         }
     }
 }
@@ -239,27 +287,27 @@ pub(crate) use with_simd;
 /// As [`with_simd`], for [`Integers`](integers::Integers).
 macro_rules! with_integers {
     ($isa:expr, $d:ident => $body:expr) => {{
-        use $crate::simd::integers::Integers;
-        match $isa {
+        use $crate::simd::{Dots, integers::Integers};
+        match $isa.dots() {
             #[cfg(target_arch = "x86_64")]
-            $crate::simd::Isa::Avx512Bf16($d) => Integers::vectorize(
+            Dots::Avx512Vnni($d) => Integers::vectorize(
                 $d,
                 #[inline(always)]
                 || $body,
             ),
             #[cfg(target_arch = "x86_64")]
-            $crate::simd::Isa::Avx512($d) => Integers::vectorize(
+            Dots::Avx512($d) => Integers::vectorize(
                 $d,
                 #[inline(always)]
                 || $body,
             ),
             #[cfg(target_arch = "x86_64")]
-            $crate::simd::Isa::Avx2($d) => Integers::vectorize(
+            Dots::Avx2($d) => Integers::vectorize(
                 $d,
                 #[inline(always)]
                 || $body,
             ),
-            $crate::simd::Isa::Portable($d) => Integers::vectorize(
+            Dots::Portable($d) => Integers::vectorize(
                 $d,
                 #[inline(always)]
                 || $body,

@@ -2,7 +2,8 @@
 
 use std::hint::black_box;
 
-use super::Simd;
+use super::integers::Integers;
+use super::{Isa, Simd};
 
 /// Sums that do not wait for one another: more than the latency of two units.
 const CHAINS: usize = 12;
@@ -41,21 +42,36 @@ pub(crate) fn sum<S: Simd>(s: S, values: &[f32]) -> f32 {
     s.sum(all) + rest
 }
 
-/// Proof that the machine multiplies pairs of bf16 and adds them to f32.
-#[derive(Clone, Copy)]
-pub(crate) struct Bf16Dots(());
-
-#[cfg(target_arch = "x86_64")]
-impl Bf16Dots {
-    pub(crate) fn detect() -> Option<Self> {
-        let all = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16");
-        all.then_some(Self(()))
+/// Multiply-adds of bytes into 32 bits; returns how many operations they were.
+#[inline(always)]
+pub(crate) fn integer_multiply_adds<D: Integers>(d: D, rounds: usize) -> usize {
+    let bytes = black_box([3; 64]);
+    // SAFETY: no vector has more bytes.
+    let v = unsafe { d.load_bytes(bytes.as_ptr()) };
+    let mut sums = [d.zero(); CHAINS];
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            *sum = d.dot8(v, v, *sum);
+        }
     }
+    let s = d.simd();
+    for sum in sums {
+        black_box(s.sum(d.convert(sum)));
+    }
+    2 * 4 * D::S::LANES * CHAINS * rounds
+}
 
-    /// Dot products; returns how many operations they were.
-    pub(crate) fn run(self, rounds: usize) -> usize {
+/// Multiply-adds of bf16 into f32, where the machine has them; returns how many operations they were.
+pub(crate) fn bf16_multiply_adds(isa: Isa) -> Option<impl Fn(usize) -> usize + Sync> {
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        _ = isa;
+        None::<fn(usize) -> usize>
+    }
+    #[cfg(target_arch = "x86_64")]
+    {
         #[target_feature(enable = "avx512f,avx512bf16")]
-        fn run(rounds: usize) {
+        fn in_vectors(rounds: usize) -> usize {
             use std::arch::x86_64::*;
             let v = _mm512_cvtne2ps_pbh(
                 _mm512_set1_ps(black_box(1e-3)),
@@ -70,20 +86,14 @@ impl Bf16Dots {
             for sum in sums {
                 black_box(_mm512_reduce_add_ps(sum));
             }
+            2 * 32 * CHAINS * rounds
         }
-        // SAFETY: `self` proves that the machine has these instructions.
-        unsafe { run(rounds) };
-        2 * 32 * CHAINS * rounds
-    }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-impl Bf16Dots {
-    pub(crate) fn detect() -> Option<Self> {
-        None
-    }
-
-    pub(crate) fn run(self, _: usize) -> usize {
-        0
+        isa.bf16().map(move |_| {
+            move |rounds| match isa {
+                Isa::Amx(tiles) => tiles.multiply_adds(rounds, false),
+                // SAFETY: the vectors of bf16 prove that the machine has these instructions.
+                _ => unsafe { in_vectors(rounds) },
+            }
+        })
     }
 }

@@ -12,6 +12,15 @@ pub(crate) struct Avx512(());
 #[derive(Clone, Copy)]
 pub(crate) struct Avx2(());
 
+/// Calls an intrinsic.
+macro_rules! intrinsic {
+    ($call:expr) => {
+        // SAFETY: `self` proves that the machine has the instruction, and a pointer that is read
+        // or written comes from a slice that was cut to as many elements.
+        unsafe { $call }
+    };
+}
+
 impl Avx512 {
     pub(crate) fn detect() -> Option<Self> {
         let all = is_x86_feature_detected!("avx512f")
@@ -21,6 +30,16 @@ impl Avx512 {
             && is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma");
         all.then_some(Self(()))
+    }
+
+    /// Makes columns of the rows of a square.
+    #[inline(always)]
+    pub(crate) fn transpose(self, square: &mut [u32; 256]) {
+        // SAFETY: both are 1,024 bytes, and any bits are either.
+        let rows = unsafe { square.as_ptr().cast::<[__m512i; 16]>().read_unaligned() };
+        let cols = intrinsic!(transposed512(rows));
+        // SAFETY: as above.
+        unsafe { square.as_mut_ptr().cast::<[__m512i; 16]>().write_unaligned(cols) };
     }
 }
 
@@ -33,15 +52,6 @@ impl Avx2 {
     }
 }
 
-/// Calls an intrinsic.
-macro_rules! intrinsic {
-    ($call:expr) => {
-        // SAFETY: `self` proves that the machine has the instruction, and a pointer that is read
-        // or written comes from a slice that was cut to as many elements.
-        unsafe { $call }
-    };
-}
-
 /// In every four lanes the sums of those four lanes of a, b, c and d.
 #[inline]
 #[target_feature(enable = "avx512f")]
@@ -52,6 +62,40 @@ fn transposed_sum512(a: __m512, b: __m512, c: __m512, d: __m512) -> __m512 {
     let even = _mm512_shuffle_ps::<0b01_00_01_00>(ab, cd);
     let odd = _mm512_shuffle_ps::<0b11_10_11_10>(ab, cd);
     _mm512_add_ps(even, odd)
+}
+
+/// Rows as columns.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn transposed512(rows: [__m512i; 16]) -> [__m512i; 16] {
+    // Every four columns of four rows, in every four lanes; then of all rows.
+    let mut fours = rows;
+    for (from, to) in rows.as_chunks::<4>().0.iter().zip(fours.as_chunks_mut::<4>().0) {
+        let [a, b, c, d] = *from;
+        let low = [_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d)];
+        let high = [_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d)];
+        *to = [
+            _mm512_unpacklo_epi64(low[0], low[1]),
+            _mm512_unpackhi_epi64(low[0], low[1]),
+            _mm512_unpacklo_epi64(high[0], high[1]),
+            _mm512_unpackhi_epi64(high[0], high[1]),
+        ];
+    }
+    let mut cols = rows;
+    for i in 0..4 {
+        const EVEN: i32 = 0b10_00_10_00;
+        const ODD: i32 = 0b11_01_11_01;
+        let [a, b] = [[fours[i], fours[4 + i]], [fours[8 + i], fours[12 + i]]];
+        let even =
+            [_mm512_shuffle_i32x4::<EVEN>(a[0], a[1]), _mm512_shuffle_i32x4::<EVEN>(b[0], b[1])];
+        let odd =
+            [_mm512_shuffle_i32x4::<ODD>(a[0], a[1]), _mm512_shuffle_i32x4::<ODD>(b[0], b[1])];
+        cols[i] = _mm512_shuffle_i32x4::<EVEN>(even[0], even[1]);
+        cols[4 + i] = _mm512_shuffle_i32x4::<EVEN>(odd[0], odd[1]);
+        cols[8 + i] = _mm512_shuffle_i32x4::<ODD>(even[0], even[1]);
+        cols[12 + i] = _mm512_shuffle_i32x4::<ODD>(odd[0], odd[1]);
+    }
+    cols
 }
 
 /// The lower four lanes plus the upper four.
