@@ -67,8 +67,8 @@ pub struct CpuBackend {
 
 impl CpuBackend {
     /// A backend on the best instruction set that this machine has, or the one that the environment
-    /// variable `JAMBA_CPU_ISA` names: `avx512bf16`, `avx512`, `avx2` or `portable`. If that is not
-    /// to be had, loading a model fails.
+    /// variable `JAMBA_CPU_ISA` names: `amx` (Linux only), `avx512bf16`, `avx512`, `avx2` or `portable`.
+    /// If that is not to be had, loading a model fails.
     pub fn new() -> Self {
         let wanted = std::env::var_os(ISA).filter(|name| !name.is_empty());
         let found = Isa::available().into_iter().find(|isa| match &wanted {
@@ -106,7 +106,7 @@ impl CpuBackend {
 
     /// Sets the precision of the activations that matrices are multiplied with; sums are f32. With
     /// [`Precision::Bf16`], the default, they are rounded as the weights are: for a matrix in bf16 to
-    /// bf16, where the instruction set multiplies it (`avx512bf16`), and for a quantised one to 8 bits
+    /// bf16, where the instruction set multiplies it (`amx`, `avx512bf16`), and for a quantised one to 8 bits
     /// with a scale for 32, on every instruction set. For matrices in f16 or f32 they stay f32, as all
     /// do with [`Precision::F32`].
     #[must_use]
@@ -121,7 +121,7 @@ impl CpuBackend {
         if self.products.isa.has_bf16() { self.products.precision } else { Precision::F32 }
     }
 
-    /// The instruction set: `avx512bf16`, `avx512`, `avx2` or `portable`.
+    /// The instruction set: `amx`, `avx512bf16`, `avx512`, `avx2` or `portable`.
     pub fn isa(&self) -> &'static str {
         self.products.isa.name()
     }

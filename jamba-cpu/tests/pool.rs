@@ -103,7 +103,7 @@ fn the_instruction_set_of_the_environment() {
         String::from_utf8_lossy(&output.stdout).into_owned()
     };
     let all: Vec<_> = CpuBackend::all().iter().map(CpuBackend::isa).collect();
-    for name in ["avx512bf16", "avx512", "avx2", "portable", "neon"] {
+    for name in ["amx", "avx512bf16", "avx512", "avx2", "portable", "neon"] {
         let said = said(name);
         if all.contains(&name) {
             assert!(said.contains(&format!("it is {name}.")), "{said}");
