@@ -11,6 +11,7 @@ struct EmbedArgs {
     const uint2* tokens;
     float* out;
     u32 cols, ld;
+    u32 scale_stride;  // bytes
 };
 
 extern "C" __global__ void __launch_bounds__(256) embed(const EmbedArgs a) {
@@ -26,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(256) embed_int8(const EmbedArgs a) 
     await_inputs();
     const u64 t = blockIdx.x, id = a.tokens[t].x;
     const signed char* row = (const signed char*)a.table + id * a.ld;
-    const bf16* scales = a.scales + id * ((a.cols + 31) / 32);
+    const bf16* scales = a.scales + id * (a.scale_stride / 2);
     for (u32 c = threadIdx.x; c < a.cols; c += blockDim.x) {
         a.out[t * a.cols + c] = (float)row[c] * widen(scales[c / 32]);
     }

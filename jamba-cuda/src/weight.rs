@@ -15,8 +15,8 @@ use crate::options::Precision;
 /// that loading takes.
 const CHUNK: usize = 4 << 20;
 
-/// A parameter: a matrix in the precision of the backend, or quantised, its rows padded with zeros
-/// to a multiple of 16 bytes; or a vector or table per channel in f32, without padding.
+/// A parameter: a matrix in the precision of the backend, or quantised, its rows and those of the
+/// scales of blocks padded with zeros to a multiple of 16 bytes; or a vector or table per channel in f32, without padding.
 pub struct Weight {
     shape: [usize; 2],
     role: Role,
@@ -64,13 +64,18 @@ impl Matrix {
     }
 }
 
-/// Bytes of the quants of a row, padded, and of its scales.
+/// Bytes of the quants of a row and of its scales, padded.
 fn strides(packing: Packing, cols: usize) -> [usize; 2] {
-    let scale = match packing {
+    let scales = scale_bytes(packing) * packing.scales(cols);
+    let scales = if packing == Packing::Int8Row { scales } else { scales.next_multiple_of(16) };
+    [packing.stride(cols).next_multiple_of(16), scales]
+}
+
+fn scale_bytes(packing: Packing) -> usize {
+    match packing {
         Packing::Int8Row => 4,
         Packing::Int8Block | Packing::Int4Block => 2,
-    };
-    [packing.stride(cols).next_multiple_of(16), scale * packing.scales(cols)]
+    }
 }
 
 /// Bytes that a parameter of this role and shape takes on the device.
@@ -337,20 +342,21 @@ impl Weight {
         }
     }
 
-    /// Quants and scales as they lie on the device, for tests: rows of quants without padding, and
-    /// the bytes of their scales. `None` where it is not quantised.
+    /// Quants and scales as they lie on the device, for tests: rows of quants, and the bytes of their
+    /// scales, both without padding. `None` where it is not quantised.
     #[doc(hidden)]
     pub fn quantized(&self, backend: &crate::CudaBackend) -> Result<Option<[Vec<u8>; 2]>> {
         let Form::Packed { packing, quants, scales } = &self.form else { return Ok(None) };
-        let mut bytes = [vec![0; quants.bytes()], vec![0; scales.bytes()]];
-        backend.device.download(quants, 0, &mut bytes[0])?;
-        backend.device.download(scales, 0, &mut bytes[1])?;
-        let [stride, _] = strides(*packing, self.shape[1]);
-        let rows = bytes[0].chunks(stride.max(1));
-        let rows = rows.flat_map(|row| &row[..packing.stride(self.shape[1])]).copied();
-        let rows = rows.collect();
-        bytes[0] = rows;
-        Ok(Some(bytes))
+        let cols = self.shape[1];
+        let [stride, scale_stride] = strides(*packing, cols);
+        let rows = |from: &Buffer, stride: usize, used: usize| {
+            let mut bytes = vec![0; from.bytes()];
+            backend.device.download(from, 0, &mut bytes)?;
+            let rows = bytes.chunks(stride.max(1)).flat_map(|row| &row[..used]);
+            Ok(rows.copied().collect())
+        };
+        let used = scale_bytes(*packing) * packing.scales(cols);
+        Ok(Some([rows(quants, stride, packing.stride(cols))?, rows(scales, scale_stride, used)?]))
     }
 }
 
@@ -423,8 +429,8 @@ mod tests {
         assert_eq!(bytes(Role::Linear, Precision::Bf16, Stored), 3 * 8 * 2);
         assert_eq!(bytes(Role::Linear, Precision::F32, Stored), 3 * 8 * 4);
         assert_eq!(bytes(Role::Conv, Precision::Bf16, Stored), 3 * 5 * 4);
-        // A block of 32 and its scale; in f32 what they stand for.
-        assert_eq!(bytes(Role::Linear, Precision::Bf16, Int8), 3 * (32 + 2));
+        // A block of 32 and its scale, padded to 16 bytes; in f32 what they stand for.
+        assert_eq!(bytes(Role::Linear, Precision::Bf16, Int8), 3 * (32 + 16));
         assert_eq!(bytes(Role::Linear, Precision::F32, Int8), 3 * 8 * 4);
     }
 }

@@ -24,6 +24,7 @@ struct EmbedArgs {
     out: u64,
     cols: u32,
     ld: u32,
+    scale_stride: u32,
 }
 
 /// Kernels of `embed.cu`.
@@ -66,6 +67,7 @@ impl Embed {
             out: out.ptr(),
             cols: cols as u32,
             ld,
+            scale_stride: matrix.scale_stride as u32,
         };
         // SAFETY: every staged id is a row of the table, as the caller has checked; `out` has a row of
         // `cols` for each of the tokens.
