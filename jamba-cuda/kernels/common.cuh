@@ -68,14 +68,23 @@ __device__ __forceinline__ float warp_max(float v) {
     return v;
 }
 
+// In one order whatever the compiler makes of sums: norms are to the bit the same in all kernels.
+__device__ __forceinline__ float squares(const float4& v) {
+    return fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, v.x * v.x)));
+}
+
 __device__ __forceinline__ u32 shared_address(const void* p) {
     return (u32)__cvta_generic_to_shared(p);
 }
 
-// Copies 4 or 16 bytes to shared memory in the background; zeros where `valid` is false.
+// Copies 4, 8 or 16 bytes to shared memory in the background; zeros where `valid` is false.
 __device__ __forceinline__ void copy_async_4(void* to, const void* from, bool valid) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)),
                  "l"(from), "r"(valid ? 4 : 0));
+}
+__device__ __forceinline__ void copy_async_8(void* to, const void* from, bool valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)),
+                 "l"(from), "r"(valid ? 8 : 0));
 }
 __device__ __forceinline__ void copy_async_16(void* to, const void* from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),

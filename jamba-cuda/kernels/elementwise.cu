@@ -1,33 +1,34 @@
-// add_assign: x += y, over `n` elements.
+// add: out = x + y, over `n` elements; out may be x.
 // silu_mul: out[r, c] = silu(gate_up[r, c]) gate_up[r, cols + c].
 // silu_mul_bf16: the same rounded to bf16, for the matrix product that follows.
 //
-// Layout: x and y any contiguous f32; gate_up (rows, 2 cols), out (rows, cols) f32; out of
+// Layout: x, y and out of add any contiguous f32; gate_up (rows, 2 cols), out (rows, cols) f32; out of
 // silu_mul_bf16 (rows, cols padded to a multiple of 8), the padding zero.
-// Threads: add_assign an element, or four where n is a multiple of four, per thread, in a stride
+// Threads: add an element, or four where n is a multiple of four, per thread, in a stride
 // of the grid; silu_mul a block per row and 1024 columns.
 
 struct AddArgs {
-    float* x;
+    const float* x;
     const float* y;
+    float* out;
     u64 n;
 };
 
-extern "C" __global__ void __launch_bounds__(256) add_assign(const AddArgs a) {
+extern "C" __global__ void __launch_bounds__(256) add(const AddArgs a) {
     let_next_begin();
     await_inputs();
     const u64 step = (u64)gridDim.x * blockDim.x;
     u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     if (a.n % 4 == 0) {
-        float4* x = (float4*)a.x;
+        const float4* x = (const float4*)a.x;
         const float4* y = (const float4*)a.y;
         for (; i < a.n / 4; i += step) {
             float4 v = x[i], w = y[i];
             v.x += w.x, v.y += w.y, v.z += w.z, v.w += w.w;
-            x[i] = v;
+            ((float4*)a.out)[i] = v;
         }
     } else {
-        for (; i < a.n; i += step) a.x[i] += a.y[i];
+        for (; i < a.n; i += step) a.out[i] = a.x[i] + a.y[i];
     }
 }
 

@@ -6,7 +6,7 @@
 //   expert_gated_*   the same for the entries of an expert, whose W it is
 //   expert_linear_*  out = x W[e]^T for the entries of expert e
 //
-// *_8 to *_64 take up to so many rows of x a tile. (packed.cu: one or two rows, quantised.)
+// *_8 to *_64 take up to so many rows of x a tile. (packed.cu: fewer rows, quantised.)
 //
 // Layout: x (rows, ldx) bf16; W of n rows (gated: 2 n) of `stride` bytes as PACKING says, its scales
 // `scale_stride` bytes apart; bias f32; out (rows, ldo) of f32, of gated_* of bf16, with zeros

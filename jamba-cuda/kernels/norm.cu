@@ -57,7 +57,7 @@ __device__ __forceinline__ void norm_row(const NormArgs& a) {
                 v[k].x += u.x, v[k].y += u.y, v[k].z += u.z, v[k].w += u.w;
                 *(float4*)(x + c) = v[k];
             }
-            square += v[k].x * v[k].x + v[k].y * v[k].y + v[k].z * v[k].z + v[k].w * v[k].w;
+            square += squares(v[k]);
         }
         const float scale = rsqrtf(block_sum(square) / a.cols + a.eps);
 #pragma unroll

@@ -1,33 +1,42 @@
-// Products of one or two rows of x with a quantised matrix, on CUDA cores: what a decode step of few
-// sequences does, bound by the bytes of W. (linear.cu: of W that is not quantised; few.cu: of more
-// rows.)
+// Products of a few rows of x with a quantised matrix: what a decode step of few sequences does, bound
+// by the bytes of W. (linear.cu: of W that is not quantised; few.cu: of more rows.)
 //
-//   linear_ROWS_WARPS   out = x W^T + bias
-//   gated_ROWS_WARPS    out = silu(x W_gate^T) * (x W_up^T), W = [W_gate; W_up]
-//   expert_gated_WARPS  the same for every entry, W that of its expert (moe.cu has what an entry is)
-//   expert_down_WARPS   out = sum over the entries of a token of p x W[e]^T
+//   linear_ROWS    out = x W^T + bias
+//   gated_ROWS     out = silu(x W_gate^T) * (x W_up^T), W = [W_gate; W_up]
+//   expert_gated   the same for every entry, W that of its expert (moe.cu has what an entry is)
+//   expert_down    out = sum over the entries of a token of p x W[e]^T
+//
+// In the first two x may still have to be normed: of x + r, which goes to `sum`, or of x itself, the
+// product is that of the norm, see norm.cu.
 //
 // Layout: x (rows, ldx) f32; W of n rows (gated: 2 n) of `stride` bytes as PACKING says, its scales
 // `scale_stride` bytes apart; bias f32; out (rows, ldo) f32. PACKING: 1 int8 with an f32 scale per
 // row; 2 int8 and 3 four bits in blocks of 32 with a bf16 scale each (jamba_core::quant has the
 // bytes).
-// Threads: a block of 4 warps does 4 / WARPS groups of OUTPUTS rows of W, for one entry or token
-// along y. The lanes of a group walk over k in steps of 16 bytes of W; x stays in the L1 cache. The
-// sums of its warps are added in order.
-// A quant q is not converted: its bits are put into the mantissa of a number that is q + OFFSET, and
-// OFFSET times the sum of x is taken off. Of int8 this costs a thirteenth (x of one sign) to a
-// thirtieth (of both) of what rounding x to bf16 would: 1e-4 and 5e-5 of the sum of 16, random ones
-// simulated.
-// Constraints: n at least 4, k a multiple of 4, x and ldx of 16 bytes, W and stride of 16.
+// Arithmetic: 32 values of x become integers of 15 bits and a sign times a power of two, the least that
+// takes the largest of them, and these two planes of bytes, so that dp4a multiplies four weights with
+// a byte each. What dp4a adds, of a block or half of one, is exact, and rounded to f32 once. A value
+// of x is off by at most 2^-14 of the largest of 32, where bf16 is by up to 2^-9 of itself: a sum of
+// random ones by a thirtieth to a fiftieth of what rounding x to bf16 would cost.
+// Threads: a block for a multiprocessor, with consecutive tasks of OUTPUTS rows of W, cut into chunks of
+// 512 bytes of each row. Its warps take equal, consecutive parts of all these chunks: a task may be of
+// several warps, whose sums are added in order. What a warp multiplies next comes to a ring in shared
+// memory of its own, the first STAGES chunks while the kernels before this one still run, as only x is
+// theirs. Each block makes the planes of x for itself.
+// Constraints: n at least OUTPUTS (gated: half), k a multiple of 4, to be normed up to MOST_NORMED, x and
+// ldx of 16 bytes, W, stride and, of blocks, scales and scale_stride too.
 
-#if PACKING == 3
-#define LANE 32
-#define OFFSET 24.0f
-#else
-#define LANE 16
-#define OFFSET 32896.0f
-#endif
 #define OUTPUTS 4
+#define WARPS 16
+#define THREADS (32 * WARPS)
+#define CHUNK 512                      // bytes of each row
+#define LANE (PACKING == 3 ? 32 : 16)  // weights of a row in a chunk that a lane multiplies
+#define WEIGHTS (32 * LANE)            // of a row in a chunk
+// Of a chunk's scales, of a row of W and in all.
+#define SCALE_BYTES (PACKING == 1 ? 4 : WEIGHTS / 32 * 2)
+#define STAGE (OUTPUTS * (CHUNK + SCALE_BYTES))
+#define BATCH 2  // of 8 values of x that a thread asks for at a time
+#define MOST_NORMED (THREADS * 8)
 
 struct PackedArgs {
     const float* x;
@@ -41,254 +50,447 @@ struct PackedArgs {
     u32 ldx, ldo;       // elements
     u32 stride, scale_stride;
     u32 top_k;
+    u32 x_first;        // whether x is there when the kernel begins
+    float eps;
+    const float* norm;  // weight of the norm, or null
+    const float* r;     // as x, or null
+    float* sum;         // not x, which all blocks read
 };
 
-// Two pairs of rows of W that a group multiplies at a time, the second row of a pair below the first,
-// and what of them has been asked for.
-struct Rows {
-    const unsigned char* w[2];
-    const unsigned char* scales[2];
-    uint4 quants[OUTPUTS];
-    u32 scale[OUTPUTS];
-
-    __device__ __forceinline__ Rows(const PackedArgs& a, u64 first, u64 second) {
-        w[0] = a.w + first * a.stride, w[1] = a.w + second * a.stride;
-        scales[0] = a.scales + first * a.scale_stride, scales[1] = a.scales + second * a.scale_stride;
-    }
-
-    // Asks for the LANE weights from k on; zeros beyond the last.
-    __device__ __forceinline__ void fetch(const PackedArgs& a, u32 k) {
-        const bool valid = k < a.k;
-#pragma unroll
-        for (int j = 0; j < OUTPUTS; ++j) {
-            const u32 at = k / LANE * 16 + j % 2 * a.stride;
-            const u32 scale_at = k / 32 * 2 + j % 2 * a.scale_stride;
-            quants[j] = valid ? load_streaming(w[j / 2] + at) : make_uint4(0, 0, 0, 0);
-            scale[j] =
-                PACKING >= 2 && valid ? __ldg((const bf16*)(scales[j / 2] + scale_at)) : 0;
-        }
-    }
-
-    // The factor that all weights of row j have in common.
-    __device__ __forceinline__ float of_row(const PackedArgs& a, int j) const {
-        const unsigned char* at = scales[j / 2] + j % 2 * a.scale_stride;
-        return PACKING == 1 ? __ldg((const float*)at) : 1.0f;
-    }
-};
-
-// Four quants of `word`, of the lower or the upper halves of its bytes where they are four bits,
-// plus OFFSET.
-__device__ __forceinline__ void shifted(u32 word, int half, float (&q)[4]) {
+// Products of four bytes each, added to c. Those of a are signed in the first two; those of b are
+// weights, of four bits unsigned.
+__device__ __forceinline__ int dot_high(u32 a, u32 b, int c) {
+    int d;
 #if PACKING == 3
-    // 0x41 1uuuu000 0000 0000 is 16 + u.
-    const u32 bits = ((half ? word >> 1 : word << 3) & 0x78787878u) | 0x80808080u;
-    const u32 above = 0x41000000u;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) q[i] = __uint_as_float(__byte_perm(bits, above, 0x7044 | i << 8));
+    asm("dp4a.s32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
 #else
-    // 0x4700uu00 is 2^15 + u, u = q + 128.
-    const u32 bits = word ^ 0x80808080u, above = 0x47000000u;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) q[i] = __uint_as_float(__byte_perm(bits, above, 0x7404 | i << 4));
+    asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
 #endif
+    return d;
+}
+__device__ __forceinline__ int dot_low(u32 a, u32 b, int c) {
+    int d;
+#if PACKING == 3
+    asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+#else
+    asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+#endif
+    return d;
 }
 
-// acc += x W^T over the part of k of this lane, of `lanes` in a group; the first weights have been
-// asked for, and were from k = lane * LANE on.
-template <int ROWS>
-__device__ __forceinline__ void multiply(const PackedArgs& a, Rows& rows,
-                                         const float* const (&x)[ROWS], u32 lane, u32 lanes,
-                                         float (&acc)[ROWS][OUTPUTS]) {
-    for (u32 k = lane * LANE; k < a.k; k += lanes * LANE) {
-        uint4 quants[OUTPUTS];
-        float scale[OUTPUTS];
-#pragma unroll
-        for (int j = 0; j < OUTPUTS; ++j) {
-            quants[j] = rows.quants[j];
-            scale[j] = PACKING >= 2 ? low_bf16(rows.scale[j]) : 1.0f;
-        }
-        rows.fetch(a, k + lanes * LANE);
-#pragma unroll
-        for (int half = 0; half < LANE / 16; ++half) {
-            float in[ROWS][16], offset[ROWS];
-#pragma unroll
-            for (int r = 0; r < ROWS; ++r) {
-                offset[r] = 0.0f;
-#pragma unroll
-                for (int i = 0; i < 16; i += 4) {
-                    const u32 at = k + half * 16 + i;
-                    const float4 v = at < a.k ? *(const float4*)(x[r] + at)
-                                              : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                    in[r][i] = v.x, in[r][i + 1] = v.y, in[r][i + 2] = v.z, in[r][i + 3] = v.w;
-                    offset[r] += v.x + v.y + (v.z + v.w);
-                }
-                offset[r] *= OFFSET;
-            }
-#pragma unroll
-            for (int j = 0; j < OUTPUTS; ++j) {
-                const u32 words[4] = {quants[j].x, quants[j].y, quants[j].z, quants[j].w};
-                float sum[ROWS] = {};
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    float q[4];
-                    shifted(words[i], half, q);
-#pragma unroll
-                    for (int r = 0; r < ROWS; ++r) {
-#pragma unroll
-                        for (int v = 0; v < 4; ++v) sum[r] += in[r][4 * i + v] * q[v];
-                    }
-                }
-#pragma unroll
-                for (int r = 0; r < ROWS; ++r) acc[r][j] += (sum[r] - offset[r]) * scale[j];
-            }
-        }
+// What of a block of 32 is not its bytes: their unit, and what the sum begins with.
+struct Unit {
+    float scale;
+#if PACKING == 3
+    int first;  // weights are q + 8
+#endif
+};
+
+// Rows of x in shared memory: the lower bytes of all, the upper ones, and what each block has.
+struct Planes {
+    unsigned char* rows;
+    u32 width;  // values of a row, whole chunks
+
+    __device__ __forceinline__ Planes(unsigned char* rows, u32 k)
+        : rows(rows), width((k + WEIGHTS - 1) / WEIGHTS * WEIGHTS) {}
+
+    __device__ __forceinline__ unsigned char* low(u32 row) const {
+        return rows + row * (2 * width + width / 32 * (u32)sizeof(Unit));
     }
-}
-
-// What thread of which group of a block, and the sums of a group.
-template <int ROWS, int WARPS>
-struct Group {
-    u32 number, lane;
-    float (*sums)[ROWS * OUTPUTS];  // of each warp
-
-    __device__ __forceinline__ explicit Group(float (*all)[ROWS * OUTPUTS])
-        : number(threadIdx.x / 32 / WARPS), lane(threadIdx.x % (32 * WARPS)),
-          sums(all + threadIdx.x / 32 / WARPS * WARPS) {}
-
-    // Adds the sums of all lanes; every thread of the block comes here.
-    __device__ __forceinline__ void add(float (&acc)[ROWS][OUTPUTS]) {
-        __syncthreads();
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-#pragma unroll
-            for (int j = 0; j < OUTPUTS; ++j) {
-                const float sum = warp_sum(acc[r][j]);
-                if (lane % 32 == 0) sums[lane / 32][r * OUTPUTS + j] = sum;
-            }
-        }
-        __syncthreads();
+    __device__ __forceinline__ unsigned char* high(u32 row) const { return low(row) + width; }
+    __device__ __forceinline__ Unit* units(u32 row) const {
+        return (Unit*)(low(row) + 2 * width);
     }
 
-    __device__ __forceinline__ float sum(u32 r, u32 j) const {
-        float sum = 0.0f;
+    // Where value i is: the halves of a block of four bits lie apart.
+    __device__ __forceinline__ u32 place(u32 i) const {
+        return PACKING == 3 ? i / 16 % 2 * (width / 2) + i / 32 * 16 + i % 16 : i;
+    }
+
+    // Value `first` of what a thread has in batch b.
+    static __device__ __forceinline__ u32 own(int b) { return (b * THREADS + threadIdx.x) * 8; }
+
+    // From k values, times `factor`. Every thread of the block comes here. `loaded` is called once,
+    // when the first values have been asked for.
+    template <class Loaded>
+    __device__ __forceinline__ void fill(u32 row, const float* x, u32 k, float factor,
+                                         Loaded loaded) const {
+        for (u32 start = 0; start < width; start += BATCH * THREADS * 8) {
+            float v[BATCH][8];
 #pragma unroll
-        for (int warp = 0; warp < WARPS; ++warp) sum += sums[warp][r * OUTPUTS + j];
-        return sum;
+            for (int b = 0; b < BATCH; ++b) load_8(v[b], x, start + own(b), k);
+            if (start == 0) loaded(row);
+#pragma unroll
+            for (int b = 0; b < BATCH; ++b) put(row, v[b], start + own(b), factor);
+        }
+    }
+
+    // From the norm of k values, w of which this thread has; to the bit what norm.cu makes of them, a
+    // thread being two of those there, and half a warp one. `sums` has room for two of each warp.
+    template <class Loaded>
+    __device__ __forceinline__ void fill_normed(u32 row, const PackedArgs& a, const float (&w)[8],
+                                                float* sums, Loaded loaded) const {
+        const u64 at = (u64)row * a.ldx;
+        float v[8], r[8];
+        load_8(v, a.x + at, own(0), a.k);
+        if (a.r) load_8(r, a.r + at, own(0), a.k);
+        loaded(row);
+        if (a.r) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) v[i] += r[i];
+            if (blockIdx.x == 0) store_8(a.sum + at, v, own(0), a.k);
+        }
+        float low = squares(make_float4(v[0], v[1], v[2], v[3]));
+        float high = squares(make_float4(v[4], v[5], v[6], v[7]));
+#pragma unroll
+        for (int mask = 8; mask > 0; mask >>= 1) {
+            low += __shfl_xor_sync(FULL, low, mask);
+            high += __shfl_xor_sync(FULL, high, mask);
+        }
+        if (threadIdx.x % 16 == 0) sums[threadIdx.x / 16] = low + high;
+        __syncthreads();
+        const float scale = rsqrtf(warp_sum(sums[threadIdx.x % 32]) / a.k + a.eps);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) v[i] = v[i] * scale * w[i];
+        put(row, v, own(0), 1.0f);
+    }
+
+    static __device__ __forceinline__ void load_8(float (&v)[8], const float* x, u32 i, u32 k) {
+        const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        const float4 low = i < k ? *(const float4*)(x + i) : zero;
+        const float4 high = i + 4 < k ? *(const float4*)(x + i + 4) : zero;
+        v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
+        v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+    }
+    static __device__ __forceinline__ void store_8(float* x, const float (&v)[8], u32 i, u32 k) {
+        if (i < k) *(float4*)(x + i) = make_float4(v[0], v[1], v[2], v[3]);
+        if (i + 4 < k) *(float4*)(x + i + 4) = make_float4(v[4], v[5], v[6], v[7]);
+    }
+
+    // Of two numbers that are not negative; of one that is not a number this.
+    static __device__ __forceinline__ float larger(float a, float b) {
+        float c;
+        asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+        return c;
+    }
+
+    // Values from i on; four lanes have a block. All lanes of a warp, which are all within the row or
+    // all beyond.
+    __device__ __forceinline__ void put(u32 row, const float (&v)[8], u32 i, float factor) const {
+        if (i >= width) return;
+        float largest = fabsf(v[0]);
+#pragma unroll
+        for (int n = 1; n < 8; ++n) largest = larger(largest, fabsf(v[n]));
+        largest = larger(largest, __shfl_xor_sync(FULL, largest, 1));
+        largest = larger(largest, __shfl_xor_sync(FULL, largest, 2));
+        // With 2^e <= largest < 2^(e + 1) the unit is 2^(e - 13); where that would be subnormal, the
+        // least normal number.
+        const u32 bits = __float_as_uint(largest), e = max(bits >> 23, 14u);
+        const float inverse = __uint_as_float((267 - e) << 23);
+        // 1.5 * 2^23 + q has the 16 bits of q below.
+        u32 q[8];
+#pragma unroll
+        for (int n = 0; n < 8; ++n) q[n] = __float_as_uint(fmaf(v[n], inverse, 12582912.0f));
+        u32 lows[2], highs[2];
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            const u32 a = __byte_perm(q[4 * n], q[4 * n + 1], 0x5140);
+            const u32 b = __byte_perm(q[4 * n + 2], q[4 * n + 3], 0x5140);
+            lows[n] = __byte_perm(a, b, 0x5410), highs[n] = __byte_perm(a, b, 0x7632);
+        }
+        *(uint2*)(low(row) + place(i)) = make_uint2(lows[0], lows[1]);
+        *(uint2*)(high(row) + place(i)) = make_uint2(highs[0], highs[1]);
+        Unit unit;
+        // What is infinite or not a number is to be seen in the result.
+        unit.scale = bits >= 0x7f800000u ? __uint_as_float(0x7fffffffu)
+                                         : __uint_as_float((e - 13) << 23) * factor;
+#if PACKING == 3
+        const u32 ones = 0x01010101u;
+        int sum = 256 * dot_high(highs[0], ones, dot_high(highs[1], ones, 0)) +
+                  dot_low(lows[0], ones, dot_low(lows[1], ones, 0));
+        sum += __shfl_xor_sync(FULL, sum, 1);
+        sum += __shfl_xor_sync(FULL, sum, 2);
+        unit.first = -8 * sum;
+#endif
+        if (i % 32 == 0) units(row)[i / 32] = unit;
     }
 };
 
-template <int ROWS, int WARPS>
-__device__ __forceinline__ void linear(const PackedArgs& a) {
-    __shared__ float sums[4][ROWS * OUTPUTS];
-    Group<ROWS, WARPS> group(sums);
-    // Where rows are left over the last group does some of the one before again.
-    const u32 first = min((blockIdx.x * (4 / WARPS) + group.number) * OUTPUTS, a.n - OUTPUTS);
-    Rows rows(a, first, first + 2);
-    // The first weights come while the kernels before this one still run, the others a step ahead.
-    rows.fetch(a, group.lane * LANE);
-    let_next_begin();
-    await_inputs();
-    const float* x[ROWS];
+// Which weights a warp copies next, or multiplies.
+template <bool GATED, bool EXPERTS>
+struct Walk {
+    static constexpr u32 EACH = GATED ? OUTPUTS / 2 : OUTPUTS;  // columns of out of a task
+
+    u32 task, segment, chunk;
+    // Of this lane in the first of the rows: what it copies.
+    const unsigned char* w;
+    const unsigned char* scales;
+
+    // From the first two rows of a task to its other two.
+    static __device__ __forceinline__ u32 below(const PackedArgs& a) { return GATED ? a.n : 2; }
+    static __device__ __forceinline__ u32 first(const PackedArgs& a, u32 task) {
+        return min(task * EACH, a.n - EACH);
+    }
+
+    __device__ __forceinline__ void seek(const PackedArgs& a, u32 entry) {
+        const u32 lane = threadIdx.x % 32;
+        u64 row = first(a, task);
+        if (EXPERTS) row += (u64)a.expert[entry + segment] * (GATED ? 2 * a.n : a.n);
+        w = a.w + row * a.stride + chunk * CHUNK + lane * 16;
+        // Scales of row lane / 8, or of row `lane`.
+        const u32 j = PACKING == 1 ? lane % OUTPUTS : lane / 8;
+        scales = a.scales + (row + j / 2 * below(a) + j % 2) * a.scale_stride;
+        if (PACKING >= 2) scales += chunk * SCALE_BYTES + lane % 8 * (SCALE_BYTES / 8);
+    }
+
+    // Says whether the task is over.
+    __device__ __forceinline__ bool advance(u32 chunks, u32 segments) {
+        if (++chunk < chunks) return false;
+        chunk = 0;
+        const bool is_over = !EXPERTS || ++segment == segments;
+        if (is_over) segment = 0, ++task;
+        return is_over;
+    }
+    __device__ __forceinline__ void next(const PackedArgs& a, u32 chunks, u32 segments, u32 entry) {
+        w += CHUNK;
+        if (PACKING >= 2) scales += SCALE_BYTES;
+        advance(chunks, segments);
+        if (chunk == 0) seek(a, entry);
+    }
+
+    // Asks for the chunk.
+    __device__ __forceinline__ void copy(const PackedArgs& a, unsigned char* to) const {
+        const u32 lane = threadIdx.x % 32;
+        const bool valid = chunk * CHUNK + lane * 16 < a.stride;
+        const u64 down = (u64)below(a) * a.stride;
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) x[r] = a.x + (u64)min((u32)r, a.rows - 1) * a.ldx;
-    float acc[ROWS][OUTPUTS] = {};
-    multiply<ROWS>(a, rows, x, group.lane, 32 * WARPS, acc);
+        for (int j = 0; j < OUTPUTS; ++j) {
+            const unsigned char* from = w + (j / 2 ? down : 0) + j % 2 * a.stride;
+            copy_async_16(to + j * CHUNK + lane * 16, valid ? from : a.w, valid);
+        }
+        unsigned char* scales_to = to + OUTPUTS * CHUNK;
+#if PACKING == 1
+        if (lane < OUTPUTS) copy_async_4(scales_to + lane * 4, scales, true);
+#elif PACKING == 2
+        const bool has = chunk * SCALE_BYTES + lane % 8 * 4 < a.scale_stride;
+        copy_async_4(scales_to + lane * 4, has ? scales : a.scales, has);
+#else
+        const bool has = chunk * SCALE_BYTES + lane % 8 * 8 < a.scale_stride;
+        copy_async_8(scales_to + lane * 8, has ? scales : a.scales, has);
+#endif
+    }
+};
+
+// acc += x W^T of a chunk, of the rows of x from `first` on.
+template <int ROWS>
+__device__ __forceinline__ void multiply(const unsigned char* stage, const Planes& x, u32 first,
+                                         u32 chunk, float (&acc)[ROWS][OUTPUTS]) {
+    const u32 lane = threadIdx.x % 32;
+    constexpr int PARTS = LANE / 16;
+    uint4 low[ROWS][PARTS], high[ROWS][PARTS];
+    Unit unit[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part) {
+            const u32 at = part * (x.width / 2) + (chunk * 32 + lane) * 16;
+            low[r][part] = *(const uint4*)(x.low(first + r) + at);
+            high[r][part] = *(const uint4*)(x.high(first + r) + at);
+        }
+        unit[r] = x.units(first + r)[(chunk * 32 + lane) * LANE / 32];
+    }
 #pragma unroll
     for (int j = 0; j < OUTPUTS; ++j) {
-        const float scale = rows.of_row(a, j);
+        const uint4 raw = *(const uint4*)(stage + j * CHUNK + lane * 16);
+        const u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
+        const unsigned char* at = stage + OUTPUTS * CHUNK + j * SCALE_BYTES;
+        const float scale =
+            PACKING == 1 ? *(const float*)at : widen(((const bf16*)at)[lane * LANE / 32]);
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) acc[r][j] *= scale;
-    }
-    group.add(acc);
-    for (u32 i = group.lane; i < ROWS * OUTPUTS; i += 32 * WARPS) {
-        const u32 r = i / OUTPUTS, j = first + i % OUTPUTS;
-        if (r >= a.rows) continue;
-        a.out[(u64)r * a.ldo + j] = group.sum(r, i % OUTPUTS) + (a.bias ? a.bias[j] : 0.0f);
+        for (int r = 0; r < ROWS; ++r) {
+            int upper = 0, lower = 0;
+#if PACKING == 3
+            lower = unit[r].first;
+#endif
+#pragma unroll
+            for (int part = 0; part < PARTS; ++part) {
+                const u32 lows[4] = {low[r][part].x, low[r][part].y, low[r][part].z, low[r][part].w};
+                const u32 highs[4] = {high[r][part].x, high[r][part].y, high[r][part].z,
+                                      high[r][part].w};
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const u32 q = PACKING == 3 ? (words[i] >> 4 * part) & 0x0f0f0f0fu : words[i];
+                    upper = dot_high(highs[i], q, upper);
+                    lower = dot_low(lows[i], q, lower);
+                }
+            }
+            acc[r][j] += (float)(upper * 256 + lower) * (scale * unit[r].scale);
+        }
     }
 }
 
-// Half of the rows of W are of the gate, the others go with them.
-template <int ROWS, int WARPS, bool EXPERTS>
-__device__ __forceinline__ void gated(const PackedArgs& a) {
-    constexpr int PAIRS = OUTPUTS / 2;
-    __shared__ float sums[4][ROWS * OUTPUTS];
-    Group<ROWS, WARPS> group(sums);
-    const u32 first = min((blockIdx.x * (4 / WARPS) + group.number) * PAIRS, a.n - PAIRS);
-    const u32 entry = EXPERTS ? blockIdx.y : 0;
+// The sums of all lanes: number i in the lanes from 32 / COUNT i on.
+template <int COUNT>
+__device__ __forceinline__ float sums_of_lanes(float (&v)[COUNT]) {
+    const u32 lane = threadIdx.x % 32;
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) {
+        const int half = mask * COUNT / 32;
+        if (half == 0) v[0] += __shfl_xor_sync(FULL, v[0], mask);
+#pragma unroll
+        for (int i = 0; i < COUNT / 2; ++i) {
+            if (i >= half) break;
+            const bool upper = lane & mask;
+            const float own = upper ? v[i + half] : v[i], other = upper ? v[i] : v[i + half];
+            v[i] = own + __shfl_xor_sync(FULL, other, mask);
+        }
+    }
+    return v[0];
+}
+
+// KIND: LINEAR and GATED of matrices, the others of experts.
+enum Kind { LINEAR, GATED, EXPERT_GATED, EXPERT_DOWN };
+
+template <int ROWS, Kind KIND>
+__device__ __forceinline__ void product(const PackedArgs& a) {
+    constexpr bool IS_GATED = KIND == GATED || KIND == EXPERT_GATED;
+    constexpr bool EXPERTS = KIND == EXPERT_GATED || KIND == EXPERT_DOWN;
+    constexpr int SUMS = ROWS * OUTPUTS, SPREAD = 32 / SUMS;
+    typedef Walk<IS_GATED, EXPERTS> Walk;
+    extern __shared__ __align__(16) unsigned char shared[];
+    // Of the first task of a warp if it began in one before, and of the last if one after ends it.
+    __shared__ float ends[WARPS][2][SUMS];
+    __shared__ float sums[EXPERTS ? 1 : ROWS][2 * WARPS];
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    unsigned char* ring = shared + warp * STAGES * STAGE;
+
+    const u32 chunks = (a.stride + CHUNK - 1) / CHUNK;
+    const u32 segments = KIND == EXPERT_DOWN ? a.top_k : 1, span = segments * chunks;
+    const u32 entry = EXPERTS ? blockIdx.y * segments : 0;
+    const u32 tasks = (a.n + Walk::EACH - 1) / Walk::EACH;
+    const u32 first = (u64)blockIdx.x * tasks / gridDim.x;
+    const u32 all = (u32)((u64)(blockIdx.x + 1) * tasks / gridDim.x - first) * span;
+    // Of the chunks of the block those of a warp.
+    auto begin_of = [&](u32 warp) { return (u32)((u64)warp * all / WARPS); };
+    const u32 begin = begin_of(warp), end = begin_of(warp + 1);
+
     let_next_begin();
     // Which weights they are is known only then.
     if (EXPERTS) await_inputs();
-    const u64 of_expert = EXPERTS ? (u64)a.expert[entry] * 2 * a.n : 0;
-    Rows rows(a, of_expert + first, of_expert + a.n + first);
-    rows.fetch(a, group.lane * LANE);
-    if (!EXPERTS) await_inputs();
-    const float* x[ROWS];
+    Walk copied;
+    copied.task = first + begin / span;
+    copied.segment = begin % span / chunks, copied.chunk = begin % chunks;
+    Walk at = copied;
+    u32 to_copy = end - begin;
+    if (to_copy > 0) copied.seek(a, entry);
+    auto copy_next = [&](u32 slot) {
+        if (to_copy > 0) {
+            copied.copy(a, ring + slot * STAGE);
+            // Nobody looks for what is after the last.
+            if (--to_copy > 0) copied.next(a, chunks, segments, entry);
+        }
+        copy_commit();
+    };
+    auto fill_ring = [&](u32 from, u32 to) {
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-        const u32 row = EXPERTS ? entry / a.top_k : min((u32)r, a.rows - 1);
-        x[r] = a.x + (u64)row * a.ldx;
+        for (u32 i = from; i < to; ++i) copy_next(i);
+    };
+    const bool x_first = EXPERTS || a.x_first;
+    float norm[8];
+    if (!EXPERTS) {
+        if (a.norm) Planes::load_8(norm, a.norm, Planes::own(0), a.k);
+        if (!x_first) fill_ring(0, STAGES);
+        await_inputs();
     }
+
+    const Planes x(shared + WARPS * STAGES * STAGE, a.k);
+    // Loads come back in the order in which they were asked for. Where x is there when the kernel begins,
+    // it waits for no weights, and weights come meanwhile.
+    auto loaded = [&](u32 row) {
+        if (row == 0 && x_first) fill_ring(0, STAGES - 1);
+    };
+    if constexpr (KIND == EXPERT_DOWN) {
+        for (u32 s = 0; s < segments; ++s) {
+            x.fill(s, a.x + (u64)(entry + s) * a.ldx, a.k, a.p[entry + s], loaded);
+        }
+    } else if constexpr (KIND == EXPERT_GATED) {
+        x.fill(0, a.x + (u64)(entry / a.top_k) * a.ldx, a.k, 1.0f, loaded);
+    } else {
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+            if (r >= a.rows) break;
+            if (a.norm) {
+                x.fill_normed(r, a, norm, sums[r], loaded);
+            } else {
+                x.fill(r, a.x + (u64)r * a.ldx, a.k, 1.0f, loaded);
+            }
+        }
+    }
+    if (x_first) fill_ring(STAGES - 1, STAGES);
+    __syncthreads();
+
+    // Sum `lane / SPREAD` of a task.
+    auto write = [&](u32 task, float sum) {
+        const u32 r = lane / SPREAD / OUTPUTS, j = lane / SPREAD % OUTPUTS;
+        const u32 column = Walk::first(a, task) + (IS_GATED ? j % 2 : j);
+        const float up = __shfl_down_sync(FULL, sum, 2 * SPREAD);
+        // Where columns are left over the last task does some of the one before again.
+        if (lane % SPREAD > 0 || r >= a.rows || column < task * Walk::EACH) return;
+        if (IS_GATED) {
+            if (j < 2) a.out[(u64)(entry + r) * a.ldo + column] = silu(sum) * up;
+        } else {
+            const u32 row = EXPERTS ? blockIdx.y : r;
+            a.out[(u64)row * a.ldo + column] = sum + (a.bias ? a.bias[column] : 0.0f);
+        }
+    };
+
     float acc[ROWS][OUTPUTS] = {};
-    multiply<ROWS>(a, rows, x, group.lane, 32 * WARPS, acc);
+    u32 slot = 0;
+    bool is_begun = begin % span == 0;  // here
+    for (u32 i = begin; i < end; ++i) {
+        copy_wait<STAGES - 1>();
+        __syncwarp();
+        multiply<ROWS>(ring + slot * STAGE, x, EXPERTS ? at.segment : 0, at.chunk, acc);
+        __syncwarp();
+        copy_next(slot);
+        if (++slot == STAGES) slot = 0;
+        const u32 task = at.task;
+        const bool is_last = at.advance(chunks, segments);
+        if (!is_last && i + 1 < end) continue;
+        float v[SUMS];
 #pragma unroll
-    for (int j = 0; j < OUTPUTS; ++j) {
-        const float scale = rows.of_row(a, j);
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) acc[r][j] *= scale;
+        for (int s = 0; s < SUMS; ++s) {
+            v[s] = acc[s / OUTPUTS][s % OUTPUTS];
+            acc[s / OUTPUTS][s % OUTPUTS] = 0.0f;
+        }
+        const float sum = sums_of_lanes(v);
+        if (is_begun && is_last) {
+            write(task, sum);
+        } else if (lane % SPREAD == 0) {
+            ends[warp][is_begun ? 1 : 0][lane / SPREAD] = sum;
+        }
+        is_begun = true;
     }
-    group.add(acc);
-    for (u32 i = group.lane; i < ROWS * PAIRS; i += 32 * WARPS) {
-        const u32 r = i / PAIRS, j = first + i % PAIRS;
-        if (r >= a.rows) continue;
-        const float value = silu(group.sum(r, i % PAIRS)) * group.sum(r, PAIRS + i % PAIRS);
-        a.out[(u64)(entry + r) * a.ldo + j] = value;
+    __syncthreads();
+    // A task that began in this warp, and ends in another.
+    const u32 task = (end - 1) / span, task_end = (task + 1) * span;
+    if (begin == end || end == task_end || begin > task * span) return;
+    float sum = ends[warp][1][lane / SPREAD];
+    for (u32 other = warp + 1; begin_of(other) < task_end; ++other) {
+        if (begin_of(other) < begin_of(other + 1)) sum += ends[other][0][lane / SPREAD];
     }
+    write(first + task, sum);
 }
 
-template <int WARPS>
-__device__ __forceinline__ void expert_down(const PackedArgs& a) {
-    __shared__ float sums[4][OUTPUTS];
-    Group<1, WARPS> group(sums);
-    // Where rows are left over the last group does some of the one before again.
-    const u32 first = min((blockIdx.x * (4 / WARPS) + group.number) * OUTPUTS, a.n - OUTPUTS);
-    let_next_begin();
-    await_inputs();
-    float acc[1][OUTPUTS] = {};
-    for (u32 k = 0; k < a.top_k; ++k) {
-        const u32 entry = blockIdx.y * a.top_k + k;
-        const u64 of_expert = (u64)a.expert[entry] * a.n;
-        Rows rows(a, of_expert + first, of_expert + first + 2);
-        rows.fetch(a, group.lane * LANE);
-        const float* x[1] = {a.x + (u64)entry * a.ldx};
-        float of_entry[1][OUTPUTS] = {};
-        multiply<1>(a, rows, x, group.lane, 32 * WARPS, of_entry);
-        const float p = a.p[entry];
-#pragma unroll
-        for (int j = 0; j < OUTPUTS; ++j) acc[0][j] += of_entry[0][j] * rows.of_row(a, j) * p;
+#define PRODUCT(NAME, ROWS, KIND)                                                            \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const PackedArgs a) {      \
+        product<ROWS, KIND>(a);                                                              \
     }
-    group.add(acc);
-    if (group.lane < OUTPUTS) {
-        a.out[(u64)blockIdx.y * a.ldo + first + group.lane] = group.sum(0, group.lane);
-    }
-}
-
-// With so many blocks of a multiprocessor as there are registers for.
-#define BOUNDS(BLOCKS) __launch_bounds__(128, BLOCKS)
-#define LINEAR(ROWS, WARPS, BLOCKS)                                                           \
-    extern "C" __global__ void BOUNDS(BLOCKS) linear_##ROWS##_##WARPS(const PackedArgs a) {   \
-        linear<ROWS, WARPS>(a);                                                               \
-    }                                                                                         \
-    extern "C" __global__ void BOUNDS(BLOCKS) gated_##ROWS##_##WARPS(const PackedArgs a) {    \
-        gated<ROWS, WARPS, false>(a);                                                         \
-    }
-#define EACH(WARPS)                                                                           \
-    LINEAR(1, WARPS, 6) LINEAR(2, WARPS, 5)                                                   \
-    extern "C" __global__ void BOUNDS(6) expert_gated_##WARPS(const PackedArgs a) {           \
-        gated<1, WARPS, true>(a);                                                             \
-    }                                                                                         \
-    extern "C" __global__ void BOUNDS(6) expert_down_##WARPS(const PackedArgs a) {            \
-        expert_down<WARPS>(a);                                                                \
-    }
-EACH(1)
-EACH(2)
-EACH(4)
+PRODUCT(linear_1, 1, LINEAR)
+PRODUCT(linear_2, 2, LINEAR)
+PRODUCT(linear_4, 4, LINEAR)
+PRODUCT(gated_1, 1, GATED)
+PRODUCT(gated_2, 2, GATED)
+PRODUCT(gated_4, 4, GATED)
+PRODUCT(expert_gated, 1, EXPERT_GATED)
+PRODUCT(expert_down, 1, EXPERT_DOWN)

@@ -12,7 +12,7 @@ use jamba_core::shape::{self, Shaped};
 use jamba_core::weights::{Mamba, Mlp, Moe, Weights};
 use jamba_core::{Batch, Choice, Config, Param, Result, Sampled, WeightFormat};
 
-use crate::blocks;
+use crate::blocks::{self, Begin};
 use crate::cache::Cache;
 use crate::device::{Device, may_load};
 use crate::error::Error;
@@ -464,11 +464,11 @@ impl Backend for CudaBackend {
         scratch: &mut Scratch<Tensor>,
         state: &mut State,
     ) -> Result<()> {
-        blocks::mamba_mixer(self, config, weights, layer, scratch, state)
+        blocks::mamba_mixer(self, config, weights, layer, scratch, state, Begin::Normed)
     }
 
     fn mlp(&self, weights: &Mlp<Weight>, scratch: &mut Scratch<Tensor>) -> Result<()> {
-        blocks::mlp(self, weights, scratch)
+        blocks::mlp(self, weights, scratch, Begin::Normed)
     }
 
     fn add_rms_norm(&self, weight: &Weight, eps: f32, scratch: &mut Scratch<Tensor>) -> Result<()> {

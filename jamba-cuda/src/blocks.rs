@@ -12,6 +12,7 @@ use crate::backend::CudaBackend;
 use crate::device::may_load;
 use crate::ops::few::FEW_ROWS;
 use crate::ops::linear::Operand;
+use crate::ops::packed::{Input, Norm};
 use crate::ops::scan;
 use crate::ops::workspace::Workspaces;
 use crate::prompt;
@@ -32,8 +33,69 @@ pub(crate) fn add_rms_norm(
     b.norm.add_rms_norm(&b.device, &mut s.hidden, &s.block_out, weight, eps, &mut s.normed)
 }
 
+/// What a block begins with.
+#[derive(Clone, Copy)]
+pub(crate) enum Begin<'a> {
+    /// `normed` is there.
+    Normed,
+    /// It is the norm of `hidden`, to which `block_out` is added first, if it is not the first of all.
+    Norm { weight: &'a Weight, eps: f32, adds: bool },
+}
+
+impl Begin<'_> {
+    /// Sees to it that `normed` is there.
+    pub(crate) fn norm(self, b: &CudaBackend, s: &mut Scratch<Tensor>) -> Result<()> {
+        match self {
+            Self::Normed => Ok(()),
+            Self::Norm { weight, eps, adds: true } => add_rms_norm(b, weight, eps, s),
+            Self::Norm { weight, eps, adds: false } => {
+                b.rms_norm(&s.hidden, weight, eps, &mut s.normed)
+            }
+        }
+    }
+
+    /// What the first product of the block takes, if it is one that norms on the way. The sum then goes
+    /// to the memory of `normed`: [`took`](Self::took) is to be called afterwards.
+    fn input(
+        self,
+        b: &CudaBackend,
+        product: &Weight,
+        s: &mut Scratch<Tensor>,
+    ) -> Result<Option<Input>> {
+        let Self::Norm { weight, eps, adds } = self else { return Ok(None) };
+        let x = View::from(&all(b, &s.hidden));
+        if !(b.linear.packed.takes(x, product) && b.linear.packed.norms(x)) {
+            return Ok(None);
+        }
+        if adds {
+            shape::add_assign(&s.hidden, &s.block_out)?;
+        }
+        shape::rms_norm(&s.hidden, weight, &s.normed)?;
+        s.normed.resize("rms_norm", x.rows)?;
+        let addend = adds.then(|| [s.block_out.ptr(), s.normed.ptr()]);
+        let norm = Some(Norm { weight: weight.vector()?, eps, addend });
+        Ok(Some(Input { x, is_next: adds, norm }))
+    }
+
+    /// Makes the sum `hidden`.
+    fn took(self, s: &mut Scratch<Tensor>) {
+        if let Self::Norm { adds: true, .. } = self {
+            std::mem::swap(&mut s.hidden, &mut s.normed);
+        }
+    }
+}
+
 /// The MLP, its activations in the form in which the product takes them that reads them.
-pub(crate) fn mlp(b: &CudaBackend, w: &Mlp<Weight>, s: &mut Scratch<Tensor>) -> Result<()> {
+pub(crate) fn mlp(
+    b: &CudaBackend,
+    w: &Mlp<Weight>,
+    s: &mut Scratch<Tensor>,
+    begin: Begin<'_>,
+) -> Result<()> {
+    if packed_mlp(b, w, s, begin)? {
+        return Ok(());
+    }
+    begin.norm(b, s)?;
     let rows = s.normed.rows();
     let is_few = w.gate_up_proj.packing().is_some() && rows <= FEW_ROWS;
     if rows == 0 || !(is_few || b.linear.rounds(rows, &w.gate_up_proj)) {
@@ -52,11 +114,6 @@ pub(crate) fn mlp(b: &CudaBackend, w: &Mlp<Weight>, s: &mut Scratch<Tensor>) -> 
         let (x, inter) = (View::from(&normed), s.act.cols());
         let ld = inter.next_multiple_of(8);
         let ptr = workspaces.act.reserve(&b.device, 4 * rows * ld)?;
-        let act = View { ptr, rows, cols: inter, ld: ld as u32 };
-        if b.linear.packed.takes(x, &w.gate_up_proj) && b.linear.packed.takes(act, &w.down_proj) {
-            b.linear.packed.gated(&b.device, x, &w.gate_up_proj, act)?;
-            return b.linear.packed.linear(&b.device, act, &w.down_proj, None, s.block_out.ptr());
-        }
         let x = b.linear.cast(&b.device, x, &mut workspaces.cast)?;
         let act = Operand { ptr, rows, ld: ld as u32 };
         b.linear.few.gated(&b.device, x, &w.gate_up_proj, act)?;
@@ -64,6 +121,51 @@ pub(crate) fn mlp(b: &CudaBackend, w: &Mlp<Weight>, s: &mut Scratch<Tensor>) -> 
     }
     let x = rounded(b, s, workspaces)?;
     prompt::mlp(b, workspaces, w, x, s, true).map(drop)
+}
+
+/// The MLP of few rows of quantised weights; says whether it is for these.
+fn packed_mlp(
+    b: &CudaBackend,
+    w: &Mlp<Weight>,
+    s: &mut Scratch<Tensor>,
+    begin: Begin<'_>,
+) -> Result<bool> {
+    let x = match begin {
+        Begin::Normed => View::from(&all(b, &s.normed)),
+        Begin::Norm { .. } => View::from(&all(b, &s.hidden)),
+    };
+    let (rows, inter) = (x.rows, s.act.cols());
+    let ld = inter.next_multiple_of(8);
+    // Its memory is taken below.
+    let act = View { ptr: 0, rows, cols: inter, ld: ld as u32 };
+    let packed = &b.linear.packed;
+    if !(packed.takes(x, &w.gate_up_proj) && packed.takes(act, &w.down_proj)) {
+        return Ok(false);
+    }
+    let input = match begin.input(b, &w.gate_up_proj, s)? {
+        Some(input) => input,
+        None => {
+            begin.norm(b, s)?;
+            View::from(&all(b, &s.normed)).into()
+        }
+    };
+    shape::linear(&all(b, &s.normed), &w.gate_up_proj, None, &s.gate_up)?;
+    s.gate_up.resize("mlp", rows)?;
+    shape::silu_mul(&s.gate_up, &s.act)?;
+    s.act.resize("mlp", rows)?;
+    shape::linear(&all(b, &s.act), &w.down_proj, None, &s.block_out)?;
+    let _loading = may_load();
+    let workspaces = &mut *b.workspaces();
+    let ptr = workspaces.act.reserve(&b.device, 4 * rows * ld)?;
+    let act = View { ptr, ..act };
+    packed.gated(&b.device, input, &w.gate_up_proj, act)?;
+    if input.norm.is_some() {
+        begin.took(s);
+    }
+    s.block_out.resize("mlp", rows)?;
+    let act = Input { is_next: true, ..act.into() };
+    packed.linear(&b.device, act, &w.down_proj, None, s.block_out.ptr())?;
+    Ok(true)
 }
 
 /// The tokens of a block as an operand of a product.
@@ -80,6 +182,7 @@ pub(crate) fn mamba_mixer(
     layer: usize,
     s: &mut Scratch<Tensor>,
     state: &mut State,
+    begin: Begin<'_>,
 ) -> Result<()> {
     let (d_inner, d_state, dt_rank) =
         (config.d_inner(), config.mamba_d_state, config.mamba_dt_rank);
@@ -87,13 +190,23 @@ pub(crate) fn mamba_mixer(
     let c_cols = dt_rank + d_state..dt_rank + 2 * d_state;
 
     if prompt::is_for_mamba(b, config, w, state) {
+        begin.norm(b, s)?;
         shape::linear(&all(b, &s.normed), &w.in_proj, None, &s.xz)?;
         let _loading = may_load();
         let workspaces = &mut *b.workspaces();
         let x = rounded(b, s, workspaces)?;
         return prompt::mamba(b, workspaces, config, w, layer, x, s, state, true).map(drop);
     }
-    b.linear(all(b, &s.normed), &w.in_proj, w.in_proj_bias.as_ref(), &mut s.xz)?;
+    if let Some(input) = begin.input(b, &w.in_proj, s)? {
+        let bias = w.in_proj_bias.as_ref();
+        shape::linear(&all(b, &s.normed), &w.in_proj, bias, &s.xz)?;
+        s.xz.resize("linear", input.x.rows)?;
+        b.linear.packed.linear(&b.device, input, &w.in_proj, bias, s.xz.ptr())?;
+        begin.took(s);
+    } else {
+        begin.norm(b, s)?;
+        b.linear(all(b, &s.normed), &w.in_proj, w.in_proj_bias.as_ref(), &mut s.xz)?;
+    }
     let conv = CausalConv1d {
         x: Cols { tensor: &s.xz, cols: 0..d_inner },
         weight: &w.conv1d,

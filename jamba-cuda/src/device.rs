@@ -102,6 +102,11 @@ impl Device {
         self.multiprocessors
     }
 
+    /// Bytes of shared memory that a block may have.
+    pub(crate) fn shared_limit(&self) -> usize {
+        self.shared_limit
+    }
+
     /// The stream that launches of this thread go to, for calls of cuBLASLt.
     pub(crate) fn launch_stream(&self) -> sys::CUstream {
         CAPTURED_TO.get().unwrap_or(self.stream.cu_stream())

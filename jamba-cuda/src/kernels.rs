@@ -58,7 +58,7 @@ fn units(
     arch: &str,
 ) -> Result<Vec<Unit>> {
     let schedule = Schedule::new(config);
-    let mut units = ops::units(precision, format);
+    let mut units = ops::units(precision, format, arch);
     if ops::grouped::is_for(arch, precision) {
         units.push(ops::grouped::unit());
     }

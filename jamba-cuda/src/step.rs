@@ -13,6 +13,7 @@ use jamba_core::weights::{FeedForward, Mixer, Weights};
 use jamba_core::{Config, Result};
 
 use crate::backend::CudaBackend;
+use crate::blocks::{self, Begin};
 use crate::device::Graph;
 use crate::profile;
 use crate::prompt;
@@ -166,8 +167,8 @@ fn tensors(s: &mut Scratch<Tensor>) -> [&mut Tensor; TENSORS] {
     ]
 }
 
-/// The step kernel by kernel. The residual after a layer and the norm before the next are one
-/// kernel; else it is what [`compose::forward`] does, to the bit.
+/// The step kernel by kernel. The residual after a block and the norm before the next are one
+/// kernel, or part of the product that the next begins with; else it is what [`compose::forward`] does, to the bit.
 fn run(
     b: &CudaBackend,
     config: &Config,
@@ -177,23 +178,33 @@ fn run(
 ) -> Result<()> {
     let eps = config.rms_norm_eps;
     b.embed(&w.embed_tokens, state, &mut s.hidden)?;
-    if let Some(first) = w.layers.first() {
-        b.rms_norm(&s.hidden, &first.input_layernorm, eps, &mut s.normed)?;
-    }
+    let stream = s.hidden.buffer().id();
     for (index, layer) in w.layers.iter().enumerate() {
+        let begin = Begin::Norm { weight: &layer.input_layernorm, eps, adds: index > 0 };
         match &layer.mixer {
-            Mixer::Mamba(w) => b.mamba_mixer(config, w, index, s, state)?,
-            Mixer::Attention(w) => b.attention_block(config, w, index, s, state)?,
+            Mixer::Mamba(w) => blocks::mamba_mixer(b, config, w, index, s, state, begin)?,
+            Mixer::Attention(w) => {
+                begin.norm(b, s)?;
+                b.attention_block(config, w, index, s, state)?;
+            }
         }
-        b.add_rms_norm(&layer.pre_ff_layernorm, eps, s)?;
+        let begin = Begin::Norm { weight: &layer.pre_ff_layernorm, eps, adds: true };
         match &layer.feed_forward {
-            FeedForward::Mlp(w) => b.mlp(w, s)?,
-            FeedForward::Moe(w) => b.moe_ffn(config, w, index, s)?,
+            FeedForward::Mlp(w) => blocks::mlp(b, w, s, begin)?,
+            FeedForward::Moe(w) => {
+                begin.norm(b, s)?;
+                b.moe_ffn(config, w, index, s)?;
+            }
         }
-        match w.layers.get(index + 1) {
-            Some(next) => b.add_rms_norm(&next.input_layernorm, eps, s)?,
-            None => b.add_assign(&mut s.hidden, &s.block_out)?,
+    }
+    if s.hidden.buffer().id() == stream {
+        if !w.layers.is_empty() {
+            b.add_assign(&mut s.hidden, &s.block_out)?;
         }
+    } else {
+        // A step ends with the tensors where they were when it began, as a graph of it does.
+        b.elementwise.add(&b.device, &s.hidden, &s.block_out, &mut s.normed)?;
+        std::mem::swap(&mut s.hidden, &mut s.normed);
     }
     compose::head(b, config, w, s, state)
 }

@@ -18,6 +18,7 @@ pub(super) fn unit() -> Unit {
 struct AddArgs {
     x: u64,
     y: u64,
+    out: u64,
     n: u64,
 }
 
@@ -40,7 +41,7 @@ struct SiluMulBf16Args {
 
 /// Kernels of `elementwise.cu`.
 pub(crate) struct Elementwise {
-    add_assign: Kernel,
+    add: Kernel,
     silu_mul: Kernel,
     silu_mul_bf16: Kernel,
 }
@@ -49,7 +50,7 @@ impl Elementwise {
     pub(crate) fn load(loader: &Loader) -> crate::Result<Self> {
         let module = loader.module(&unit())?;
         Ok(Self {
-            add_assign: module.overlapping("add_assign")?,
+            add: module.overlapping("add")?,
             silu_mul: module.overlapping("silu_mul")?,
             silu_mul_bf16: module.overlapping("silu_mul_bf16")?,
         })
@@ -57,13 +58,30 @@ impl Elementwise {
 
     /// `x += y`, of the same shape.
     pub(crate) fn add_assign(&self, device: &Device, x: &mut Tensor, y: &Tensor) -> Result<()> {
+        let out = x.ptr();
+        self.run_add(device, x, y, out)
+    }
+
+    /// `out = x + y`, of the same shape.
+    pub(crate) fn add(
+        &self,
+        device: &Device,
+        x: &Tensor,
+        y: &Tensor,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        out.resize("add", x.rows())?;
+        self.run_add(device, x, y, out.ptr())
+    }
+
+    fn run_add(&self, device: &Device, x: &Tensor, y: &Tensor, out: u64) -> Result<()> {
         let n = x.rows() * x.cols();
         // Enough blocks to fill the card; each walks on in strides of all of them.
         let blocks = n.div_ceil(1024).min(16 * device.multiprocessors());
-        let grid = Grid::new("add_assign", [blocks, 1, 1], 256, 0)?.doing(3 * 4 * n, 0);
-        let args = AddArgs { x: x.ptr(), y: y.ptr(), n: n as u64 };
-        // SAFETY: both have n elements in use.
-        unsafe { device.launch(&self.add_assign, &grid, &args) }?;
+        let grid = Grid::new("add", [blocks, 1, 1], 256, 0)?.doing(3 * 4 * n, 0);
+        let args = AddArgs { x: x.ptr(), y: y.ptr(), out, n: n as u64 };
+        // SAFETY: x, y and out have n elements in use.
+        unsafe { device.launch(&self.add, &grid, &args) }?;
         Ok(())
     }
 

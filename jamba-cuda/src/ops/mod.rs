@@ -34,7 +34,7 @@ use crate::options::Precision;
 use crate::probe;
 
 /// The sources that do not depend on the sizes of a model.
-pub(crate) fn units(precision: Precision, format: WeightFormat) -> Vec<Unit> {
+pub(crate) fn units(precision: Precision, format: WeightFormat, arch: &str) -> Vec<Unit> {
     let mut units = vec![
         draw::unit(),
         elementwise::unit(),
@@ -48,7 +48,7 @@ pub(crate) fn units(precision: Precision, format: WeightFormat) -> Vec<Unit> {
     ];
     units.extend(moe::units());
     units.extend(few::units(precision, format));
-    units.extend(packed::units(precision, format));
+    units.extend(packed::units(precision, format, arch));
     units
 }
 

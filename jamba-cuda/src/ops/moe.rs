@@ -194,6 +194,7 @@ impl Experts {
             }
             if linear.packed.takes(x, &weights.gate_up_proj)
                 && linear.packed.takes(down, &weights.down_proj)
+                && linear.packed.has_room(s.top_k, &weights.down_proj)
                 && s.inter.min(s.hidden) >= 4
             {
                 return Way::Packed;
