@@ -1,7 +1,6 @@
 //! Many prompts from a file, through the engine.
 
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -11,7 +10,7 @@ use jamba_core::{
     Tokenizer, WeightFormat,
 };
 use jamba_examples::progress::steps;
-use jamba_examples::{BackendName, model_folder, note, print, run};
+use jamba_examples::{BackendName, model_folder, note, print, read_text, run};
 use serde_json::{Value, json};
 
 /// Continues every prompt of a file, many at a time, and prints the texts in the order of the
@@ -78,7 +77,7 @@ struct Prompt {
 
 fn batch(args: &Args) -> Result<()> {
     let folder = model_folder(args.model.as_deref())?;
-    let file = read(&args.prompts)?;
+    let file = read_text(&args.prompts)?;
     let model = args.backend.load(&folder, args.quant)?;
     let tokenizer = Tokenizer::from_folder(&folder)?;
     let mut sampling = Sampling::from_folder(&folder)?;
@@ -125,17 +124,6 @@ fn batch(args: &Args) -> Result<()> {
         stats.steps,
     );
     Ok(())
-}
-
-fn read(path: &Path) -> Result<String> {
-    let mut text = String::new();
-    let result = if path.as_os_str() == "-" {
-        std::io::stdin().read_to_string(&mut text)
-    } else {
-        std::fs::File::open(path).and_then(|mut file| file.read_to_string(&mut text))
-    };
-    result.map_err(|source| Error::Io { path: path.to_owned(), source })?;
-    Ok(text)
 }
 
 /// A request for each line that is not empty.

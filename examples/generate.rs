@@ -13,7 +13,7 @@ use jamba_core::{
     Error, FinishReason, GenerateOptions, Generator, Result, Sampling, SessionOptions, Tokenizer,
     Usage, WeightFormat,
 };
-use jamba_examples::{BackendName, model_folder, note, print, run};
+use jamba_examples::{BackendName, model_folder, note, print, read_text, run};
 use serde_json::json;
 
 /// Continues a text with a Jamba model. Without arguments, the demo model tells a story.
@@ -242,15 +242,14 @@ fn sampling(args: &Args, folder: &Path) -> Result<Sampling> {
 /// What the text is held to.
 #[cfg(feature = "structured")]
 fn form(args: &Args, tokenizer: &Tokenizer) -> Result<Option<Grammar>> {
-    let read = |path: &PathBuf| std::fs::read_to_string(path).map_err(unreadable(path));
     Ok(Some(match (&args.json_schema, &args.regex, &args.grammar) {
         (Some(path), _, _) => {
-            let schema = serde_json::from_str(&read(path)?);
+            let schema = serde_json::from_str(&read_text(path)?);
             let schema = schema.map_err(|source| Error::Json { path: path.clone(), source })?;
             Grammar::json_schema(tokenizer, &schema)?
         }
         (_, Some(regex), _) => Grammar::regex(tokenizer, regex)?,
-        (_, _, Some(path)) => Grammar::lark(tokenizer, &read(path)?)?,
+        (_, _, Some(path)) => Grammar::lark(tokenizer, &read_text(path)?)?,
         (None, None, None) => return Ok(None),
     }))
 }
@@ -267,12 +266,7 @@ fn prompt(args: &Args) -> Result<String> {
     const STORY: &str = "Once upon a time";
     match (&args.prompt, &args.prompt_file) {
         (Some(text), _) => Ok(text.clone()),
-        (None, Some(path)) if path.as_os_str() == "-" => {
-            let mut text = String::new();
-            std::io::stdin().read_to_string(&mut text).map_err(unreadable("stdin"))?;
-            Ok(text)
-        }
-        (None, Some(path)) => std::fs::read_to_string(path).map_err(unreadable(path)),
+        (None, Some(path)) => read_text(path),
         (None, None) if std::io::stdin().is_terminal() => Ok(STORY.into()),
         (None, None) => Ok(piped()?.filter(|text| !text.is_empty()).unwrap_or(STORY.into())),
     }

@@ -234,11 +234,15 @@ fn check_weights(out: &mut String, config: &Config, folder: &Path) -> Result<()>
     })?;
     let sizes: Vec<_> =
         dtypes.iter().map(|(dtype, n)| format!("{} of {dtype}", bytes(*n))).collect();
-    line!(out, "\nWeights in this folder: complete; {}", sizes.join(", "));
     let unused = checkpoint.unused(&layout);
+    let are = if unused.is_empty() { "complete" } else { "not only this model's" };
+    line!(out, "\nWeights in this folder: {are}; {}", sizes.join(", "));
     if !unused.is_empty() {
-        let name = escaped(&unused[0]);
-        line!(out, "  {} tensors are not part of this model: {name}", unused.len());
+        let (n, name) = (unused.len(), escaped(&unused[0]));
+        line!(
+            out,
+            "  {n} tensors are not part of this model, which is not loaded with them: {name}"
+        );
     }
     Ok(())
 }

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use clap::Parser;
 use jamba_core::{Error, Result, SessionOptions, Tokenizer, WeightFormat};
-use jamba_examples::{BackendName, model_folder, note, print, run};
+use jamba_examples::{BackendName, model_folder, note, print, read_text, run};
 use serde_json::json;
 
 /// The mean negative log-probability of the tokens of a file, and its exponential.
@@ -51,8 +51,7 @@ fn perplexity(args: &Args) -> Result<()> {
         let allowed = "it must be at least 1 and less than the window";
         return Err(Error::Option { option: "overlap", value: overlap.to_string(), allowed });
     }
-    let text = std::fs::read_to_string(&args.text)
-        .map_err(|source| Error::Io { path: args.text.clone(), source })?;
+    let text = read_text(&args.text)?;
     let folder = model_folder(args.model.as_deref())?;
     let model = args.backend.load(&folder, args.quant)?;
     let ids = Tokenizer::from_folder(&folder)?.encode(&text)?;

@@ -8,7 +8,7 @@ use clap::Parser;
 use jamba_core::memory::weight_bytes;
 use jamba_core::{Error, Result, Tokenizer, WeightFormat};
 use jamba_examples::quality::{Quality, held_out};
-use jamba_examples::{BackendName, model_folder, print, run};
+use jamba_examples::{BackendName, model_folder, print, read_text, run};
 use serde_json::json;
 
 /// Runs a text through a model with its weights as they are stored and in other formats, and shows
@@ -127,8 +127,7 @@ fn windows(args: &Args, folder: &std::path::Path) -> Result<Vec<Vec<u32>>> {
         };
         return Ok(held_out(folder)?.into_iter().map(&mut cut).collect());
     };
-    let text =
-        std::fs::read_to_string(text).map_err(|source| Error::Io { path: text.clone(), source })?;
+    let text = read_text(text)?;
     let mut ids = Tokenizer::from_folder(folder)?.encode(&text)?;
     ids.truncate(limit);
     Ok(ids.chunks(args.window).map(<[u32]>::to_vec).collect())

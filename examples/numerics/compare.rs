@@ -90,6 +90,18 @@ enum On {
 }
 
 impl On {
+    /// As it is asked for.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Oracle => "oracle",
+            Self::Reference => "reference",
+            Self::Cpu => "cpu",
+            Self::CpuF32 => "cpu-f32",
+            Self::Cuda => "cuda",
+            Self::CudaF32 => "cuda-f32",
+        }
+    }
+
     /// Bytes of the parameters in the host's memory, and of an element of activations and states.
     fn bytes(self, config: &Config, format: WeightFormat) -> [u64; 2] {
         let elements = ParamCount::new(config).total;
@@ -198,7 +210,9 @@ fn backends(args: &Args, config: &Config, source: &impl ParamSource) -> Result<b
     let chunks = ids.chunks(chunk).enumerate();
     let batches: Vec<Batch> =
         chunks.map(|(i, ids)| Batch::single(0, i * chunk, ids, Outputs::All)).collect();
-    let report = lockstep(&mut *a, &mut *b, &batches)?;
+    let mut report = lockstep(&mut *a, &mut *b, &batches)?;
+    // Two precisions of a backend have one name.
+    (report.a, report.b) = (args.a.name(), args.b.name());
     print(&if args.json { format!("{:#}\n", report.to_json()) } else { report.to_string() })?;
     Ok(args.at_most.is_none_or(|bound| report.largest()[0] <= bound))
 }

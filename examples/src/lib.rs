@@ -1,6 +1,6 @@
 //! What the examples have in common: choosing a model and a backend, failing with a message.
 
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -187,6 +187,25 @@ pub fn print(text: &str) -> Result<()> {
         Err(e) if e.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
         Err(source) => Err(Error::Io { path: "stdout".into(), source }),
     }
+}
+
+/// The text in a file, or in the standard input if that is `-`.
+///
+/// # Errors
+/// [`Error::Io`] where it cannot be read, has more than 1 GiB, or is not UTF-8.
+pub fn read_text(path: &Path) -> Result<String> {
+    const MOST: u64 = 1 << 30;
+    let unreadable = |source| Error::Io { path: path.to_owned(), source };
+    let from: Box<dyn Read> = match path.as_os_str() == "-" {
+        true => Box::new(std::io::stdin()),
+        false => Box::new(std::fs::File::open(path).map_err(unreadable)?),
+    };
+    let mut text = String::new();
+    let read = from.take(MOST + 1).read_to_string(&mut text).map_err(unreadable)?;
+    if read as u64 > MOST {
+        return Err(unreadable(std::io::Error::other("it has more than 1 GiB")));
+    }
+    Ok(text)
 }
 
 /// Parses a list of token ids: `1,2,3`, an empty list from the empty string.

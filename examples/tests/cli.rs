@@ -131,6 +131,8 @@ fn generate_refuses_bad_input() {
     let file = file.to_str().unwrap();
     refused(example("generate").args(["--prompt-file", file]), &["latin1.txt", "UTF-8"]);
     refused(example("generate").args(["--prompt-file", "/no/file"]), &["/no/file"]);
+    #[cfg(unix)]
+    refused(example("generate").args(["--prompt-file", "/dev/zero"]), &["/dev/zero", "1 GiB"]);
     refused(example("generate").args(["--model", "/no/model"]), &["/no/model", "no such folder"]);
     refused(example("generate").args(["--top-p", "1.5"]), &["top_p", "1.5"]);
     refused(example("generate").args(["--temperature", "nan"]), &["temperature", "NaN"]);

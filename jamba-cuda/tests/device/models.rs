@@ -232,13 +232,14 @@ pub(crate) fn gap(precision: Precision) -> f32 {
     }
 }
 
-/// Along the greedy continuation that the CPU backend finds for the demo model, the same token is
-/// the best wherever the gap to the second is above what the precision can move.
+/// Along the greedy continuation that the CPU backend finds for the demo model with products of f32, the
+/// same token is the best wherever the gap to the second is above what the precision can move.
 fn demo(backend: CudaBackend) -> Result<(), Failed> {
     let folder = root().join("models/jamba-tales-11m");
     let precision = backend.precision();
     let options = |chunk| SessionOptions { context: 320, chunk, outputs: chunk };
-    let mut session = Model::load(&folder, CpuBackend::new())?.session(options(64))?;
+    let cpu = CpuBackend::new().with_precision(Precision::F32);
+    let mut session = Model::load(&folder, cpu)?.session(options(64))?;
     let mut tokens = vec![1u32];
     let mut gaps = Vec::new();
     for at in 0..300 {
