@@ -30,6 +30,7 @@ mod linear;
 mod memory;
 mod moe;
 mod norm;
+mod operand;
 mod packed;
 mod probe;
 pub mod reference;

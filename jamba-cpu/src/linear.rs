@@ -2,41 +2,31 @@
 //!
 //! Both operands have their sum index contiguous, so that a tile of rows of x and of W is a number
 //! of dot products that share their loads: no packing, and W is read where it is stored, once for
-//! all rows of x. (Where the machine multiplies tiles, those of x are packed.)
+//! all rows of x. (Where the machine multiplies tiles, x is packed, and quantised rows of W unpacked.)
 
 use std::cell::Cell;
 use std::marker::PhantomData;
 
-use half::bf16;
 use jamba_core::shape::Shaped;
 use jamba_core::{Precision, Result};
 
-use crate::columns::{Block, Columns, for_each, for_each_rows, parallel};
-use crate::packed::{Activations, Group, PackedRows};
+use crate::columns::{Block, Columns, for_each, parallel};
+use crate::operand::{Operand, Rounded};
+use crate::packed::PackedRows;
 use crate::simd::dots::{self, Dots, TILE_N, Turn, Widened};
 use crate::simd::integers::Integers;
 use crate::simd::quantised;
-#[cfg(target_arch = "x86_64")]
-use crate::simd::{
-    Amx, Avx512Bf16,
-    amx::{self, Chunk, Fours, Pairs},
-};
 use crate::simd::{Isa, with_integers, with_simd};
 use crate::tensor::View;
 use crate::weight::{Rows, Weight};
-#[cfg(target_arch = "x86_64")]
-use jamba_core::quant::BLOCK;
 
 /// Bytes of W that one task works on, which stay in the second-level cache.
 const TASK: usize = 256 << 10;
-/// Rows of x from which on quantised rows of W are unpacked into tiles.
-#[cfg(target_arch = "x86_64")]
-const LEAST_FOURS: usize = 24;
-/// Rows of x that stay in the last-level cache while all rows of W pass by.
-const PANEL: usize = 512;
-/// The same where tiles are multiplied.
+/// The same where tiles of it are multiplied.
 #[cfg(target_arch = "x86_64")]
 const TILED: usize = 768 << 10;
+/// Rows of x that stay in the last-level cache while all rows of W pass by.
+const PANEL: usize = 512;
 /// Tiles of x that pass over a few rows of W together, at most.
 const FEW: usize = 4;
 
@@ -47,125 +37,7 @@ pub(crate) struct Products {
     pub(crate) precision: Precision,
 }
 
-/// Activations that are to be multiplied, in the forms that the kernels want.
-#[derive(Clone, Copy)]
-pub(crate) struct Operand<'a> {
-    f32: View<'a>,
-    bf16: Option<View<'a, bf16>>,
-    #[cfg(target_arch = "x86_64")]
-    pairs: Option<Pairs<'a>>,
-    int8: Option<Rounded<'a>>,
-    #[cfg(target_arch = "x86_64")]
-    fours: Option<Fours<'a>>,
-}
-
-/// Rows rounded to int8: of all, or of those of `index`, the ones from number `first` on.
-#[derive(Clone, Copy)]
-struct Rounded<'a> {
-    all: &'a Activations,
-    index: Option<&'a [usize]>,
-    first: usize,
-}
-
-impl<'a> Rounded<'a> {
-    fn range(self, rows: std::ops::Range<usize>) -> Self {
-        Self { first: self.first + rows.start, ..self }
-    }
-
-    #[inline(always)]
-    fn row(&self, row: usize) -> &'a [Group] {
-        let row = self.first + row;
-        self.all.row(self.index.map_or(row, |index| index[row]))
-    }
-}
-
-impl<'a> Operand<'a> {
-    /// The rows in this range, which begins and ends with a group or is a panel of one.
-    pub(crate) fn range(self, rows: std::ops::Range<usize>) -> Self {
-        Self {
-            f32: self.f32.range(rows.clone()),
-            bf16: self.bf16.map(|x| x.range(rows.clone())),
-            #[cfg(target_arch = "x86_64")]
-            pairs: self.pairs.map(|x| x.range(rows.clone())),
-            #[cfg(target_arch = "x86_64")]
-            fours: self.fours.map(|x| x.range(rows.clone())),
-            int8: self.int8.map(|x| x.range(rows)),
-        }
-    }
-
-    pub(crate) fn rows(&self) -> usize {
-        self.f32.rows
-    }
-}
-
 impl Products {
-    /// Calls `f` with x in the form in which it is multiplied with `weight`. Its rows are of groups,
-    /// each of which ends at one of `ends`, that are multiplied with different rows of it.
-    pub(crate) fn prepare<R>(
-        self,
-        x: View<'_>,
-        ends: &[usize],
-        weight: &Weight,
-        f: impl FnOnce(Operand<'_>) -> R,
-    ) -> R {
-        thread_local! {
-            // Taken out while it is used: another session may run on this thread meanwhile.
-            static INTEGERS: Cell<Activations> = Cell::default();
-        }
-        let plain = Operand {
-            f32: x,
-            bf16: None,
-            #[cfg(target_arch = "x86_64")]
-            pairs: None,
-            int8: None,
-            #[cfg(target_arch = "x86_64")]
-            fours: None,
-        };
-        if self.precision != Precision::Bf16 {
-            return f(plain);
-        }
-        // Every row once, however many groups it is in.
-        let (all, index) = x.all();
-        let len = all.rows * all.cols;
-        if weight.is_packed() {
-            let mut integers = INTEGERS.take();
-            integers.resize(all.rows, all.cols);
-            integers.round(self.isa, all.rows, len >= parallel::PRODUCTS / 4, |row| all.row(row));
-            let rounded = Rounded { all: &integers, index, first: 0 };
-            let plain = Operand { int8: Some(rounded), ..plain };
-            let result = match self.isa {
-                #[cfg(target_arch = "x86_64")]
-                Isa::Amx(tiles) => packed_fours(tiles, rounded, all.cols, ends, |fours| {
-                    f(Operand { fours: Some(fours), ..plain })
-                }),
-                _ => f(plain),
-            };
-            INTEGERS.set(integers);
-            return result;
-        }
-        if !weight.has_bf16() {
-            return f(plain);
-        }
-        match self.isa {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Amx(tiles) => rounded(tiles.vectors(), all, |rows| {
-                let bf16 = index.map_or(rows, |index| rows.select(index));
-                match tiles.takes(all.cols) {
-                    true => packed_pairs(tiles, bf16, ends, |pairs| {
-                        f(Operand { bf16: Some(bf16), pairs: Some(pairs), ..plain })
-                    }),
-                    false => f(Operand { bf16: Some(bf16), ..plain }),
-                }
-            }),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16(s) => rounded(s, all, |rows| {
-                let bf16 = Some(index.map_or(rows, |index| rows.select(index)));
-                f(Operand { bf16, ..plain })
-            }),
-            _ => f(plain),
-        }
-    }
-
     /// `out (x.rows, n) = x * W^T + bias`.
     pub(crate) fn linear(
         self,
@@ -259,91 +131,7 @@ impl Products {
         });
         debug_assert!(done.is_ok());
     }
-}
 
-/// Calls `f` with rows rounded to bf16.
-#[cfg(target_arch = "x86_64")]
-fn rounded<R>(s: Avx512Bf16, x: View<'_>, f: impl FnOnce(View<'_, bf16>) -> R) -> R {
-    thread_local! {
-        static ROUNDED: Cell<Vec<bf16>> = const { Cell::new(Vec::new()) };
-    }
-    let mut buffer = ROUNDED.take();
-    // Rows begin on a cache line.
-    let stride = x.cols.next_multiple_of(32);
-    let rows = aligned(&mut buffer, x.rows * stride);
-    let parallel = rows.len() >= parallel::PRODUCTS;
-    for_each_rows(rows, stride, 16, parallel, |first, rows| {
-        for (r, to) in rows.chunks_exact_mut(stride).enumerate() {
-            s.round(x.row(first + r), &mut to[..x.cols]);
-        }
-    });
-    let result = f(View::padded(&*rows, stride, x.cols));
-    ROUNDED.set(buffer);
-    result
-}
-
-/// Calls `f` with rows packed for tiles.
-#[cfg(target_arch = "x86_64")]
-fn packed_pairs<R>(
-    tiles: Amx,
-    x: View<'_, bf16>,
-    ends: &[usize],
-    f: impl FnOnce(Pairs<'_>) -> R,
-) -> R {
-    thread_local! {
-        static PACKED: Cell<(Vec<bf16>, Vec<Chunk>)> = Cell::default();
-    }
-    let (mut buffer, mut chunks) = PACKED.take();
-    Chunk::of_groups(ends, 1, &mut chunks);
-    let values = aligned(&mut buffer, chunks.len() * amx::ROWS * x.cols);
-    let parallel = values.len() >= parallel::PRODUCTS;
-    for_each_rows(values, amx::ROWS * x.cols, 1, parallel, |chunk, to| {
-        tiles.pack_pairs(chunks[chunk], |row| x.row(row), to);
-    });
-    let result = f(Pairs { values, chunks: &chunks, k: x.cols });
-    PACKED.set((buffer, chunks));
-    result
-}
-
-/// Calls `f` with the rows of large groups packed for tiles.
-#[cfg(target_arch = "x86_64")]
-fn packed_fours<R>(
-    tiles: Amx,
-    x: Rounded<'_>,
-    k: usize,
-    ends: &[usize],
-    f: impl FnOnce(Fours<'_>) -> R,
-) -> R {
-    thread_local! {
-        static PACKED: Cell<(Vec<amx::Packed>, Vec<Chunk>)> = Cell::default();
-    }
-    let (mut buffer, mut chunks) = PACKED.take();
-    Chunk::of_groups(ends, LEAST_FOURS, &mut chunks);
-    let blocks = k.div_ceil(BLOCK);
-    let len = chunks.len() * blocks;
-    if buffer.len() < len {
-        buffer.resize(len, amx::Packed::default());
-    }
-    let parallel = len * BLOCK * amx::ROWS >= parallel::PRODUCTS;
-    for_each_rows(&mut buffer[..len], blocks, 1, parallel, |chunk, to| {
-        tiles.pack_fours(chunks[chunk], |row| x.row(row), to);
-    });
-    let result = f(Fours { values: &buffer[..len], chunks: &chunks, blocks });
-    PACKED.set((buffer, chunks));
-    result
-}
-
-/// Values on whole cache lines.
-#[cfg(target_arch = "x86_64")]
-fn aligned(buffer: &mut Vec<bf16>, len: usize) -> &mut [bf16] {
-    if buffer.len() < len + 31 {
-        buffer.resize(len + 31, bf16::ZERO);
-    }
-    let start = buffer.as_ptr().align_offset(64).min(31);
-    &mut buffer[start..start + len]
-}
-
-impl Products {
     /// Rows of x that are multiplied with all of W before the next are, so that a long prompt is a
     /// number of short ones to the caches, and the rows of `out (rows, n)` that they make.
     pub(crate) fn panels(
@@ -357,15 +145,15 @@ impl Products {
 
     /// Rows of W that one task works on: enough tasks for the threads to end at the same time.
     pub(crate) fn task_rows(self, k: usize, n: usize) -> usize {
-        let (task, least, most) = match self.isa {
+        let (task, [least, most], step) = match self.isa {
             #[cfg(target_arch = "x86_64")]
             // Two tiles of 16 rows are multiplied together, it takes a while to shape them, and tiles
             // are so fast that reading x again for each task takes longest.
-            Isa::Amx(_) => (TILED, 32, 512),
-            _ => (TASK, 16, 64),
+            Isa::Amx(_) => (TILED, [32, 512], 32),
+            _ => (TASK, [16, 64], TILE_N),
         };
         let rows = (task / (2 * k.max(1))).clamp(least, most);
-        rows.min(n.div_ceil(8)).next_multiple_of(least)
+        rows.min(n.div_ceil(8)).next_multiple_of(step).max(least)
     }
 }
 
@@ -483,10 +271,11 @@ impl<D: Integers> Tiles for Integer<'_, D> {
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
     use jamba_core::{Dtype, HostTensor, Param, Role, WeightFormat};
 
     use super::*;
-    use crate::packed::{GROUP, LANES, STEP};
+    use crate::packed::{Activations, GROUP, LANES, STEP};
 
     fn values(n: usize, seed: usize) -> Vec<f32> {
         (0..n).map(|i| ((i * 7919 + seed * 31) % 1009) as f32 / 504.0 - 1.0).collect()

@@ -10,6 +10,7 @@ use jamba_core::weights::{Mlp, Moe};
 use crate::columns::{Block, Columns, for_each, for_each_group, for_each_rows, parallel};
 use crate::elementwise::silu_mul;
 use crate::linear::Products;
+use crate::operand::Operand;
 use crate::tensor::View;
 use crate::weight::Weight;
 
@@ -143,7 +144,7 @@ pub(crate) fn mlp(
 /// weight, from `first` on.
 fn gate_up(
     products: Products,
-    x: crate::linear::Operand<'_>,
+    x: Operand<'_>,
     weight: &Weight,
     (first, inter): (usize, usize),
     act: &mut Block<'_>,

@@ -2,7 +2,7 @@
 //! multiply two of them and add to a third.
 //!
 //! `C (rows of W, rows of x) += A B`: A is a tile of 16 rows of W, and B of x, whose rows are packed for
-//! it in chunks. Each product is one chain of sums along k, whatever else is in its tiles: its bits do
+//! it in chunks. Each product is added in one order along k, whatever else is in its tiles: its bits do
 //! not depend on which other rows are in the batch.
 
 mod fours;
@@ -10,8 +10,10 @@ mod pairs;
 
 use std::arch::asm;
 use std::ops::Range;
+#[cfg(target_os = "linux")]
+use std::sync::OnceLock;
 
-pub(crate) use fours::{Fours, Packed};
+pub(crate) use fours::{Fours, Tile};
 pub(crate) use pairs::Pairs;
 
 use super::bf16::Avx512Bf16;
@@ -86,36 +88,48 @@ impl Amx {
     /// Multiplies full tiles of bf16, or of bytes; returns how many operations they were.
     pub(crate) fn multiply_adds(self, rounds: usize, of_bytes: bool) -> usize {
         const PRODUCTS: usize = 4;
-        let mut tiles = Tiles::default();
-        tiles.shape(self, [(ROWS, 4 * ROWS); 8]);
+        let mut shapes = Shapes::default();
+        shapes.set(self, [(ROWS, 4 * ROWS); 8]);
         let rounds = rounds.max(1);
+        // 60 as bytes, 0.0115 as bf16.
+        let values = [0x3c_u8; 4 * ROWS * ROWS];
+        macro_rules! multiply {
+            ($of_0:literal, $of_1:literal, $of_2:literal, $of_3:literal) => {
+                // SAFETY: the tiles are shaped, and as large as the values that are loaded.
+                unsafe {
+                    tiles!(
+                        "tileloadd tmm4, [{values} + {line}]",
+                        "tileloadd tmm5, [{values} + {line}]",
+                        "tileloadd tmm6, [{values} + {line}]",
+                        "tileloadd tmm7, [{values} + {line}]",
+                        "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+                        "2:",
+                        $of_0,
+                        $of_1,
+                        $of_2,
+                        $of_3,
+                        "dec {rounds}",
+                        "jnz 2b";
+                        values = in(reg) values.as_ptr(),
+                        line = in(reg) 4 * ROWS,
+                        rounds = inout(reg) rounds => _,
+                    )
+                }
+            };
+        }
         match of_bytes {
-            // SAFETY: the tiles are shaped, which makes them zero.
-            true => unsafe {
-                tiles!(
-                    "2:",
-                    "tdpbssd tmm0, tmm4, tmm6",
-                    "tdpbssd tmm1, tmm4, tmm7",
-                    "tdpbssd tmm2, tmm5, tmm6",
-                    "tdpbssd tmm3, tmm5, tmm7",
-                    "dec {rounds}",
-                    "jnz 2b";
-                    rounds = inout(reg) rounds => _,
-                );
-            },
-            // SAFETY: as above.
-            false => unsafe {
-                tiles!(
-                    "2:",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tdpbf16ps tmm1, tmm4, tmm7",
-                    "tdpbf16ps tmm2, tmm5, tmm6",
-                    "tdpbf16ps tmm3, tmm5, tmm7",
-                    "dec {rounds}",
-                    "jnz 2b";
-                    rounds = inout(reg) rounds => _,
-                );
-            },
+            true => multiply!(
+                "tdpbssd tmm0, tmm4, tmm6",
+                "tdpbssd tmm1, tmm4, tmm7",
+                "tdpbssd tmm2, tmm5, tmm6",
+                "tdpbssd tmm3, tmm5, tmm7"
+            ),
+            false => multiply!(
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7"
+            ),
         }
         let values = if of_bytes { 4 * ROWS } else { 2 * ROWS };
         2 * PRODUCTS * ROWS * ROWS * values * rounds
@@ -135,14 +149,14 @@ struct Palette {
     rows: [u8; 16],
 }
 
-/// What the tiles of this thread look like, from the first [`shape`](Self::shape) on until it is
+/// What the tiles of this thread look like, from the first [`set`](Self::set) on until it is
 /// dropped.
 #[derive(Default)]
-struct Tiles(Option<[Shape; 8]>);
+struct Shapes(Option<[Shape; 8]>);
 
-impl Tiles {
-    /// Shapes all eight.
-    fn shape(&mut self, _: Amx, shapes: [Shape; 8]) {
+impl Shapes {
+    /// Shapes all eight tiles.
+    fn set(&mut self, _: Amx, shapes: [Shape; 8]) {
         if self.0 == Some(shapes) {
             return;
         }
@@ -158,7 +172,7 @@ impl Tiles {
     }
 }
 
-impl Drop for Tiles {
+impl Drop for Shapes {
     fn drop(&mut self) {
         if self.0.is_some() {
             // SAFETY: tiles that were shaped are of a machine that has them.
@@ -167,15 +181,20 @@ impl Drop for Tiles {
     }
 }
 
-/// Whether the system lets this process use the tiles, whose state is large: it wants to be asked.
+/// Whether the system lets this process use the tiles, whose state is large: it wants to be asked, and
+/// refuses where a thread has a small stack for signals. It is asked once, so that all backends of a process
+/// have the same.
 fn is_permitted() -> bool {
-    #[cfg(all(target_os = "linux", not(miri)))]
+    #[cfg(target_os = "linux")]
     {
         /// `ARCH_REQ_XCOMP_PERM` for `XFEATURE_XTILEDATA`.
         const ASK: [libc::c_ulong; 2] = [0x1023, 18];
-        // SAFETY: it takes two numbers, and changes what this process may use.
-        unsafe { libc::syscall(libc::SYS_arch_prctl, ASK[0], ASK[1]) == 0 }
+        static ANSWER: OnceLock<bool> = OnceLock::new();
+        *ANSWER.get_or_init(|| {
+            // SAFETY: it takes two numbers, and changes what this process may use.
+            unsafe { libc::syscall(libc::SYS_arch_prctl, ASK[0], ASK[1]) == 0 }
+        })
     }
-    #[cfg(not(all(target_os = "linux", not(miri))))]
+    #[cfg(not(target_os = "linux"))]
     false
 }

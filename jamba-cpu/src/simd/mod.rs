@@ -156,7 +156,7 @@ pub(crate) enum Vectors {
 }
 
 /// The vectors of integers of an instruction set.
-pub(crate) enum Dots {
+pub(crate) enum IntegerVectors {
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni(Avx512Bf16),
     #[cfg(target_arch = "x86_64")]
@@ -242,17 +242,17 @@ impl Isa {
     }
 
     /// Its vectors of integers.
-    pub(crate) fn dots(self) -> Dots {
+    pub(crate) fn integers(self) -> IntegerVectors {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Amx(s) => Dots::Avx512Vnni(s.vectors()),
+            Self::Amx(s) => IntegerVectors::Avx512Vnni(s.vectors()),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512Bf16(s) => Dots::Avx512Vnni(s),
+            Self::Avx512Bf16(s) => IntegerVectors::Avx512Vnni(s),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512(s) => Dots::Avx512(s),
+            Self::Avx512(s) => IntegerVectors::Avx512(s),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2(s) => Dots::Avx2(s),
-            Self::Portable(s) => Dots::Portable(s),
+            Self::Avx2(s) => IntegerVectors::Avx2(s),
+            Self::Portable(s) => IntegerVectors::Portable(s),
         }
     }
 }
@@ -287,27 +287,27 @@ pub(crate) use with_simd;
 /// As [`with_simd`], for [`Integers`](integers::Integers).
 macro_rules! with_integers {
     ($isa:expr, $d:ident => $body:expr) => {{
-        use $crate::simd::{Dots, integers::Integers};
-        match $isa.dots() {
+        use $crate::simd::{IntegerVectors, integers::Integers};
+        match $isa.integers() {
             #[cfg(target_arch = "x86_64")]
-            Dots::Avx512Vnni($d) => Integers::vectorize(
+            IntegerVectors::Avx512Vnni($d) => Integers::vectorize(
                 $d,
                 #[inline(always)]
                 || $body,
             ),
             #[cfg(target_arch = "x86_64")]
-            Dots::Avx512($d) => Integers::vectorize(
+            IntegerVectors::Avx512($d) => Integers::vectorize(
                 $d,
                 #[inline(always)]
                 || $body,
             ),
             #[cfg(target_arch = "x86_64")]
-            Dots::Avx2($d) => Integers::vectorize(
+            IntegerVectors::Avx2($d) => Integers::vectorize(
                 $d,
                 #[inline(always)]
                 || $body,
             ),
-            Dots::Portable($d) => Integers::vectorize(
+            IntegerVectors::Portable($d) => Integers::vectorize(
                 $d,
                 #[inline(always)]
                 || $body,

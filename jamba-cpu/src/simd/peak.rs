@@ -50,8 +50,10 @@ pub(crate) fn integer_multiply_adds<D: Integers>(d: D, rounds: usize) -> usize {
     let v = unsafe { d.load_bytes(bytes.as_ptr()) };
     let mut sums = [d.zero(); CHAINS];
     for _ in 0..rounds {
+        // New weights each time, or what they are made into is made once.
+        let w = black_box(v);
         for sum in &mut sums {
-            *sum = d.dot8(v, v, *sum);
+            *sum = d.dot8(w, v, *sum);
         }
     }
     let s = d.simd();

@@ -10,7 +10,7 @@ use std::ops::Range;
 use jamba_core::Packing;
 use jamba_core::quant::BLOCK;
 
-use super::{Amx, Chunk, ROWS, Tiles, tiles};
+use super::{Amx, Chunk, ROWS, Shapes, tiles};
 use crate::columns::Block;
 use crate::packed::{Group, LANES, PackedRows, STEP, block_bytes};
 use crate::simd::Simd;
@@ -25,14 +25,14 @@ const TOGETHER: usize = 4;
 /// of W one row after the other.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-pub(crate) struct Packed {
+pub(crate) struct Tile {
     quants: [i8; ROWS * BLOCK],
     scales: [f32; ROWS],
 }
 
-impl Default for Packed {
+impl Default for Tile {
     fn default() -> Self {
-        Self { quants: [0; ROWS * BLOCK], scales: [1.0; ROWS] }
+        Self { quants: [0; ROWS * BLOCK], scales: [0.0; ROWS] }
     }
 }
 
@@ -40,7 +40,7 @@ impl Default for Packed {
 #[derive(Clone, Copy)]
 pub(crate) struct Fours<'a> {
     /// `blocks` for each chunk.
-    pub(crate) values: &'a [Packed],
+    pub(crate) values: &'a [Tile],
     pub(crate) chunks: &'a [Chunk],
     pub(crate) blocks: usize,
 }
@@ -93,7 +93,7 @@ impl Amx {
         self,
         chunk: Chunk,
         row: impl Fn(usize) -> &'a [Group],
-        to: &mut [Packed],
+        to: &mut [Tile],
     ) {
         let mut rows = [&[][..]; ROWS];
         for (i, to) in rows.iter_mut().enumerate().take(chunk.rows) {
@@ -146,16 +146,19 @@ impl Amx {
     #[inline(always)]
     fn fours_in(self, x: Fours<'_>, w: PackedRows<'_>, out: &mut Block<'_>, at: usize) {
         thread_local! {
-            static BUFFERS: Cell<(Vec<Packed>, Vec<Next>)> = const { Cell::new((Vec::new(), Vec::new())) };
+            static BUFFERS: Cell<(Vec<Tile>, Vec<Next>)> = const { Cell::new((Vec::new(), Vec::new())) };
         }
         let Some(start) = x.chunks.first().map(|chunk| chunk.first) else { return };
-        let n = w.quants.len().checked_div(w.stride()).unwrap_or(0);
         assert!(x.blocks == w.blocks, "rows of {} and of {} blocks", x.blocks, w.blocks);
+        let n = w.quants.len().checked_div(w.stride()).unwrap_or(0);
+        if n == 0 {
+            return;
+        }
         let (mut unpacked, mut order) = BUFFERS.take();
         // All rows of W stay in the second-level cache while those of x pass by.
         let len = n.div_ceil(ROWS) * w.blocks;
         if unpacked.len() < len {
-            unpacked.resize(len, Packed::default());
+            unpacked.resize(len, Tile::default());
         }
         for (first, to) in (0..n).step_by(ROWS).zip(unpacked.chunks_exact_mut(w.blocks)) {
             self.unpack(w, first..n.min(first + ROWS), to);
@@ -166,9 +169,9 @@ impl Amx {
             levels: [Sums([[0.0; ROWS]; ROWS]); 5],
             of_blocks: [[Sums([[0; ROWS]; ROWS]); TOGETHER]; 2],
         };
-        let mut tiles = Tiles::default();
+        let mut shapes = Shapes::default();
         let (sums, of_w, of_x) = ((ROWS, 4 * ROWS), (ROWS, BLOCK), (FOURS, 4 * ROWS));
-        tiles.shape(self, [sums, sums, sums, sums, of_w, of_w, of_x, of_x]);
+        shapes.set(self, [sums, sums, sums, sums, of_w, of_w, of_x, of_x]);
         for (chunk, of_x) in x.chunks.iter().zip(x.values.chunks_exact(x.blocks)) {
             for (first, of_w) in (0..n).step_by(ROWS).zip(unpacked.chunks_exact(w.blocks)) {
                 let cols = first..n.min(first + ROWS);
@@ -191,13 +194,13 @@ impl Amx {
                 }
             }
         }
-        drop(tiles);
+        drop(shapes);
         BUFFERS.set((unpacked, order));
     }
 
     /// The sums of all products of 16 rows of W with 16 of x: the last of the levels.
     #[inline(always)]
-    fn sums(self, x: &[Packed], w: &[Packed], order: &[Next], work: &mut Work) {
+    fn sums(self, x: &[Tile], w: &[Tile], order: &[Next], work: &mut Work) {
         let d = self.vectors();
         let s = Integers::simd(d);
         let Work { levels, of_blocks: [these, next] } = work;
@@ -240,28 +243,28 @@ impl Amx {
     /// The products of the first four of these blocks. Past the last it stands in for those that are not
     /// there.
     #[inline(always)]
-    fn blocks(self, x: &[Packed], w: &[Packed], order: &[Next], sums: &mut [Sums<i32>; TOGETHER]) {
+    fn blocks(self, x: &[Tile], w: &[Tile], order: &[Next], sums: &mut [Sums<i32>; TOGETHER]) {
         let block = |i: usize| order[i.min(order.len() - 1)].block;
         let blocks = [block(0), block(1), block(2), block(3)];
         // SAFETY: the tiles are shaped for it.
         unsafe { four_blocks(blocks.map(|b| &w[b]), blocks.map(|b| &x[b]), sums) }
     }
 
-    /// Rows of W as tiles. Those that are not there are what was there before.
+    /// Rows of W as tiles. What is in those that are not there does not matter.
     #[inline(always)]
-    fn unpack(self, w: PackedRows<'_>, rows: Range<usize>, to: &mut [Packed]) {
+    fn unpack(self, w: PackedRows<'_>, rows: Range<usize>, to: &mut [Tile]) {
         let s = self.vectors().avx512();
         let (stride, bytes) = (w.stride(), block_bytes(w.packing));
         for first in rows.clone().step_by(2) {
             // Two rows are as wide as a vector.
             for (g, blocks) in to.chunks_mut(LANES).enumerate() {
-                let mut square = [[0u8; LANES * STEP]; ROWS];
-                for (half, row) in square.chunks_exact_mut(FOURS).zip(first..rows.end) {
+                let mut square = [0u32; ROWS * LANES];
+                let vectors: &mut [[u8; LANES * STEP]; ROWS] = bytemuck::cast_mut(&mut square);
+                for (half, row) in vectors.chunks_exact_mut(FOURS).zip(first..rows.end) {
                     let group = &w.quants[row * stride..][g * LANES * bytes..];
                     fours(w.packing, &group[..blocks.len() * bytes], blocks.len(), half);
                 }
-                let square: &mut [u32; ROWS * ROWS] = bytemuck::cast_mut(&mut square);
-                s.transpose(square);
+                s.transpose(&mut square);
                 let at = (first - rows.start) / 2;
                 for (block, from) in blocks.iter_mut().zip(square.as_chunks::<LANES>().0) {
                     block.quants.as_chunks_mut::<{ 2 * BLOCK }>().0[at] = bytemuck::cast(*from);
@@ -311,8 +314,8 @@ fn fours(packing: Packing, group: &[u8], blocks: usize, to: &mut [[u8; LANES * S
 /// The tiles must be shaped for it.
 #[inline(always)]
 unsafe fn four_blocks(
-    w: [&Packed; TOGETHER],
-    x: [&Packed; TOGETHER],
+    w: [&Tile; TOGETHER],
+    x: [&Tile; TOGETHER],
     sums: &mut [Sums<i32>; TOGETHER],
 ) {
     let (w, x) = (w.map(|w| w.quants.as_ptr()), x.map(|x| x.quants.as_ptr()));

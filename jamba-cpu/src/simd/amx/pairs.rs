@@ -4,12 +4,12 @@ use std::arch::asm;
 
 use half::bf16;
 
-use super::{Amx, Chunk, ROWS, Tiles, tiles};
+use super::{Amx, Chunk, ROWS, Shapes, tiles};
 use crate::columns::Block;
 use crate::simd::Simd;
 
 /// Values along k in a tile.
-pub(crate) const STEP: usize = 32;
+const STEP: usize = 32;
 /// Tiles of W that are multiplied together.
 const TILES: usize = 2;
 /// Values in a cache line.
@@ -115,14 +115,14 @@ impl Amx {
     fn pairs_in(self, x: Pairs<'_>, w: &[bf16], out: &mut Block<'_>, at: usize) {
         let Some(start) = x.chunks.first().map(|chunk| chunk.first) else { return };
         let (k, steps) = (x.k, x.k / STEP);
-        debug_assert!(self.takes(k), "rows of {k} values");
+        assert!(self.takes(k), "rows of {k} values");
         let n = w.len() / k;
         let mut square = Square([[[0.0; ROWS * ROWS]; 2]; TILES]);
-        let mut tiles = Tiles::default();
+        let mut shapes = Shapes::default();
         let mut c = 0;
         while let Some(&chunk) = x.chunks.get(c) {
             let width = chunk.width();
-            let second = x.chunks.get(c + 1).filter(|next| next.width() == width);
+            let second = x.chunks.get(c + 1).filter(|next| width > 1 && next.width() > 1);
             let number = if second.is_some() { 2 } else { 1 };
             let at_x = [x.at(c), second.map_or(std::ptr::null(), |_| x.at(c + 1))];
             // These rows of W stay in the second-level cache, the next ones of x come there.
@@ -132,11 +132,12 @@ impl Amx {
                 let of = w[first * k..].as_ptr();
                 let of = Rows { at: [of, of.wrapping_add(ROWS * k)], stride: 2 * k };
                 let [a, b] = [rows.min(ROWS), rows.saturating_sub(ROWS).max(1)];
-                let (of_w, of_x) = (4 * ROWS, 4 * width);
+                let [line_of_w, line_of_x] = [4 * ROWS, 4 * width];
                 // Sums of two tiles of W with two of x; those of W, and of x.
-                let (sums, of_x) = ([(a, of_x), (b, of_x)], (ROWS, of_x));
-                let [of_a, of_b] = [(a, of_w), (b, of_w)];
-                tiles.shape(self, [sums[0], sums[0], sums[1], sums[1], of_a, of_b, of_x, of_x]);
+                let [of_w, sums] = [line_of_w, line_of_x].map(|line| [(a, line), (b, line)]);
+                let of_x = (ROWS, line_of_x);
+                shapes
+                    .set(self, [sums[0], sums[0], sums[1], sums[1], of_w[0], of_w[1], of_x, of_x]);
                 match (rows > ROWS, number) {
                     // SAFETY: rows of W and chunks of x have `steps` tiles each, shaped so.
                     (true, 2) => unsafe {
@@ -201,7 +202,8 @@ impl Fetch {
         Self { from: next.as_ptr(), left: next.len().min(len) }
     }
 
-    /// As much as so many steps fetch: where it begins, and the bytes from one step to the next.
+    /// As much as so many steps fetch: where it begins, and the bytes from one step to the next, 0 where
+    /// nothing is left.
     fn take(&mut self, steps: usize) -> (*const bf16, usize) {
         let (from, len) = (self.from, steps * FETCHED * LINE);
         if self.left < len {
