@@ -278,8 +278,10 @@ pub fn state(data: &[u8]) {
 fn mend(data: &[u8], error: &str) -> Option<Vec<u8>> {
     let mut quoted = error.split('`').skip(1).step_by(2);
     let (stated, found) = (quoted.next()?, quoted.next()?);
-    let at = data.windows(stated.len()).position(|window| window == stated.as_bytes());
-    let at = at.filter(|_| stated.len() == found.len() && stated.len() == 32)?;
+    if (stated.len(), found.len()) != (32, 32) {
+        return None;
+    }
+    let at = data.windows(stated.len()).position(|window| window == stated.as_bytes())?;
     let mut mended = data.to_vec();
     mended[at..at + found.len()].copy_from_slice(found.as_bytes());
     Some(mended)

@@ -97,10 +97,13 @@ __device__ __forceinline__ void copy_wait() {
 }
 
 // Four 8 x 8 matrices of bf16 from shared memory in the fragment layout of mma.
-__device__ __forceinline__ void load_matrices(u32 (&r)[4], const bf16* row) {
+__device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row)));
+                 : "r"(row));
+}
+__device__ __forceinline__ void load_matrices(u32 (&r)[4], const bf16* row) {
+    load_matrices(r, shared_address(row));
 }
 __device__ __forceinline__ void load_matrices_transposed(u32 (&r)[4], const bf16* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -6,6 +6,9 @@ struct __align__(64) TensorMap {
     u64 words[16];
 };
 
+// Where something in shared memory is named by a u32, it is its address there (shared_address),
+// which costs nothing to compute with; pointers are converted each time.
+
 // ---- barriers in shared memory, with two phases ---------------------------------------------
 
 __device__ __forceinline__ void barrier_init(u64* barrier, u32 arrivals) {
@@ -15,9 +18,11 @@ __device__ __forceinline__ void barrier_init(u64* barrier, u32 arrivals) {
 __device__ __forceinline__ void barrier_init_done() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
 __device__ __forceinline__ void barrier_arrive(u64* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
-                 : "memory");
+    barrier_arrive(shared_address(barrier));
 }
 // Arrives at the barrier of the block of this rank in the cluster.
 __device__ __forceinline__ void barrier_arrive_at(u64* barrier, u32 rank) {
@@ -31,14 +36,16 @@ __device__ __forceinline__ void barrier_arrive_at(u64* barrier, u32 rank) {
         : "memory");
 }
 // Arrives, and says how many bytes the copy engine will add to the phase.
-__device__ __forceinline__ void barrier_expect(u64* barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                     shared_address(barrier)),
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
                  "r"(bytes)
                  : "memory");
 }
+__device__ __forceinline__ void barrier_expect(u64* barrier, u32 bytes) {
+    barrier_expect(shared_address(barrier), bytes);
+}
 // Waits until the phase of this parity is over.
-__device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
     asm volatile(
         "{\n"
         ".reg .pred done;\n"
@@ -47,20 +54,27 @@ __device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
         "@done bra over;\n"
         "bra again;\n"
         "over:\n"
-        "}\n" ::"r"(shared_address(barrier)),
+        "}\n" ::"r"(barrier),
         "r"(parity)
         : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
+    barrier_wait(shared_address(barrier), parity);
 }
 
 // Starts to copy the box of `map` at (column, row) to shared memory, zeros outside of the tensor;
 // its bytes count for the barrier.
-__device__ __forceinline__ void copy_box(void* to, const TensorMap& map, u32 column, u32 row,
-                                         u64* barrier) {
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, u32 column, u32 row,
+                                         u32 barrier) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
-        "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier))
+        "[%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+        "l"(&map), "r"(column), "r"(row), "r"(barrier)
         : "memory");
+}
+__device__ __forceinline__ void copy_box(void* to, const TensorMap& map, u32 column, u32 row,
+                                         u64* barrier) {
+    copy_box(shared_address(to), map, column, row, shared_address(barrier));
 }
 
 // The same to the shared memory of all blocks of the cluster that `blocks` has a bit for, at the
@@ -85,6 +99,28 @@ __device__ __forceinline__ u32 cluster_rank() {
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
                      : "memory");
+}
+// The value that the block of this rank in the cluster has at this address of its shared memory.
+__device__ __forceinline__ float load_shared_at(u32 address, u32 rank) {
+    float v;
+    asm volatile(
+        "{\n"
+        ".reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %1, %2;\n"
+        "ld.shared::cluster.f32 %0, [there];\n"
+        "}\n"
+        : "=f"(v)
+        : "r"(address), "r"(rank)
+        : "memory");
+    return v;
+}
+__device__ __forceinline__ float load_shared(u32 address) {
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_shared(u32 address, float v) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
 }
 
 // ---- registers of the warps of a group ------------------------------------------------------
@@ -114,9 +150,10 @@ __device__ __forceinline__ uint4* swizzled(bf16 (*box)[64], u32 row, u32 chunk) 
 }
 
 // Where an operand begins: rows in groups of 8, 1024 bytes apart. 16 columns on are 2 more.
-__device__ __forceinline__ u64 operand(const void* p) {
-    return (u64)((shared_address(p) & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+__device__ __forceinline__ u64 operand(u32 address) {
+    return (u64)((address & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
+__device__ __forceinline__ u64 operand(const void* p) { return operand(shared_address(p)); }
 
 __device__ __forceinline__ void products_begin() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -203,6 +240,25 @@ __device__ __forceinline__ void product_columns(float (&c)[32], const u32 (&a)[4
         : SUMS_32(c, 0)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
+
+// c (64 x N) += a (64 x 16) b (N x 16)^T: a in registers, as for mma; N is twice the sums.
+#define PRODUCT_ROWS(SUMS, N, LIST, OPERANDS, ...)                                              \
+    __device__ __forceinline__ void product_rows(float (&c)[SUMS], const u32 (&a)[4], u64 b) {  \
+        asm volatile("{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n"                            \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" LIST          \
+                     "}, " OPERANDS ", add, 1, 1, 0;\n}\n"                                      \
+                     : __VA_ARGS__                                                              \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                     \
+    }
+PRODUCT_ROWS(4, 8, "%0, %1, %2, %3", "{%4, %5, %6, %7}, %8", "+f"(c[0]), "+f"(c[1]), "+f"(c[2]),
+             "+f"(c[3]))
+PRODUCT_ROWS(8, 16, "%0, %1, %2, %3, %4, %5, %6, %7", "{%8, %9, %10, %11}, %12", SUMS_8(c, 0))
+PRODUCT_ROWS(16, 32, "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15",
+             "{%16, %17, %18, %19}, %20", SUMS_8(c, 0), SUMS_8(c, 8))
+PRODUCT_ROWS(32, 64,
+             "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+             "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31",
+             "{%32, %33, %34, %35}, %36", SUMS_32(c, 0))
 
 // Where such a b begins: boxes of 64 columns `pitch` bytes apart. 16 rows on are 128 more.
 __device__ __forceinline__ u64 operand_columns(const void* p, u32 pitch) {

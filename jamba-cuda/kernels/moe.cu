@@ -188,6 +188,8 @@ struct GatherArgs {
 
 // A block per sorted entry; hidden and ldx multiples of 8, x aligned to 16 bytes.
 extern "C" __global__ void __launch_bounds__(256) moe_gather_f32(const GatherArgs a) {
+    let_next_begin();
+    await_inputs();
     const u64 token = a.sorted[blockIdx.x] / a.top_k;
     const float* x = (const float*)a.x + token * a.ldx;
     for (u32 c = threadIdx.x * 8; c < a.hidden; c += 256 * 8) {
@@ -198,6 +200,8 @@ extern "C" __global__ void __launch_bounds__(256) moe_gather_f32(const GatherArg
     }
 }
 extern "C" __global__ void __launch_bounds__(256) moe_gather_bf16(const GatherArgs a) {
+    let_next_begin();
+    await_inputs();
     const u64 token = a.sorted[blockIdx.x] / a.top_k;
     const bf16* x = (const bf16*)a.x + token * a.ldx;
     for (u32 c = threadIdx.x * 8; c < a.hidden; c += 256 * 8) {

@@ -10,7 +10,6 @@ use jamba_core::{Config, Result};
 
 use crate::backend::CudaBackend;
 use crate::device::may_load;
-use crate::ops::few::FEW_ROWS;
 use crate::ops::linear::Operand;
 use crate::ops::packed::{Input, Norm};
 use crate::ops::scan;
@@ -97,7 +96,7 @@ pub(crate) fn mlp(
     }
     begin.norm(b, s)?;
     let rows = s.normed.rows();
-    let is_few = w.gate_up_proj.packing().is_some() && rows <= FEW_ROWS;
+    let is_few = b.linear.are_few(rows, &w.gate_up_proj);
     if rows == 0 || !(is_few || b.linear.rounds(rows, &w.gate_up_proj)) {
         return compose::mlp(b, w, s);
     }

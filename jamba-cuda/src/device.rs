@@ -267,26 +267,11 @@ impl Device {
         }
         self.bind()?;
         let mut params = [std::ptr::from_ref(args).cast_mut().cast::<c_void>()];
-        let mut overlap = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-        };
-        let config = sys::CUlaunchConfig {
-            gridDimX: grid.blocks[0],
-            gridDimY: grid.blocks[1],
-            gridDimZ: grid.blocks[2],
-            blockDimX: grid.threads,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: grid.shared,
-            hStream: self.launch_stream(),
-            attrs: &raw mut overlap,
-            // What is timed runs by itself.
-            numAttrs: u32::from(kernel.overlaps && !profile::is_on()),
-        };
+        // What is timed runs by itself.
+        let mut attributes = attributes(grid, kernel.overlaps && !profile::is_on());
+        let config = grid.config(&mut attributes, self.launch_stream());
         profile::timed(self, kernel.name, grid.work, || {
-            // SAFETY: the function and the stream are alive; the attribute is read, and the parameter,
+            // SAFETY: the function and the stream are alive; the attributes are read, and the parameter,
             // which is as the caller says, copied by the driver before this returns.
             let launched = unsafe {
                 sys::cuLaunchKernelEx(
@@ -298,6 +283,21 @@ impl Device {
             };
             launched.result().map_err(driver_error(kernel.name))
         })
+    }
+
+    /// How many clusters of this grid run at a time.
+    pub(crate) fn clusters(&self, kernel: &Kernel, grid: &Grid) -> Result<usize> {
+        self.bind()?;
+        let mut attributes = attributes(grid, false);
+        let config = grid.config(&mut attributes, self.launch_stream());
+        let (mut count, function) = (0, kernel.function.cu_function());
+        // SAFETY: the function is alive; all is read before this returns, but `count`, which is
+        // written.
+        let asked = unsafe {
+            sys::cuOccupancyMaxActiveClusters(&raw mut count, function, &raw const config)
+        };
+        asked.result().map_err(driver_error(kernel.name))?;
+        Ok(count.max(0) as usize)
     }
 
     /// What `work` launches on this thread, as a graph; none of it runs. It must neither allocate
@@ -335,6 +335,20 @@ impl Device {
             unsafe { result::graph::launch(graph.0.cu_graph_exec(), self.stream.cu_stream()) };
         launched.map_err(driver_error("launching a graph"))
     }
+}
+
+/// How a grid is launched: in its clusters, unless the kernel says itself what they are, and early.
+fn attributes(grid: &Grid, overlaps: bool) -> Vec<sys::CUlaunchAttribute> {
+    use sys::CUlaunchAttributeID as Id;
+
+    let attribute = |id, value| sys::CUlaunchAttribute { id, pad: [0; 4], value };
+    let cluster = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: grid.cluster, y: 1, z: 1 };
+    let cluster = sys::CUlaunchAttributeValue { clusterDim: cluster };
+    let early = sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 };
+    let cluster = attribute(Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, cluster);
+    let early = attribute(Id::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, early);
+    let has_clusters = grid.cluster > 1;
+    [has_clusters.then_some(cluster), overlaps.then_some(early)].into_iter().flatten().collect()
 }
 
 /// The driver loads code when it is first needed, that of cuBLASLt too, and may wait for the whole
@@ -522,9 +536,10 @@ impl Kernel {
     }
 }
 
-/// Blocks, threads of each, and bytes of dynamic shared memory.
+/// Blocks, how many along x are a cluster, threads of each, and bytes of dynamic shared memory.
 pub(crate) struct Grid {
     blocks: [u32; 3],
+    cluster: u32,
     threads: u32,
     shared: u32,
     work: Work,
@@ -547,7 +562,33 @@ impl Grid {
         }
         let blocks = blocks.map(|n| n as u32);
         let work = Work::default();
-        Ok(Self { blocks, threads: threads as u32, shared: shared as u32, work })
+        let (threads, shared) = (threads as u32, shared as u32);
+        Ok(Self { blocks, cluster: 1, threads, shared, work })
+    }
+
+    /// What the driver takes for it.
+    fn config(
+        &self,
+        attributes: &mut [sys::CUlaunchAttribute],
+        stream: sys::CUstream,
+    ) -> sys::CUlaunchConfig {
+        sys::CUlaunchConfig {
+            gridDimX: self.blocks[0],
+            gridDimY: self.blocks[1],
+            gridDimZ: self.blocks[2],
+            blockDimX: self.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: self.shared,
+            hStream: stream,
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
+        }
+    }
+
+    /// In clusters of so many blocks along x, on cards that have them.
+    pub(crate) fn clustered(self, blocks: usize) -> Self {
+        Self { cluster: blocks as u32, ..self }
     }
 
     /// Tells what the launch moves and computes at least.

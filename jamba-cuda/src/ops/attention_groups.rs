@@ -1,7 +1,7 @@
 //! Launches `kernels/attention_groups.cu`, on cards of sm_90a.
 #![allow(unsafe_code, reason = "launches kernels")]
 
-use super::tensor_map::TensorMap;
+use super::tensor_map::{Element, TensorMap};
 use super::{attention, grouped};
 use crate::device::{Device, Grid, Kernel};
 use crate::error::Result;
@@ -10,6 +10,9 @@ use crate::options::Precision;
 use crate::state::{Cache, Staged};
 
 const THREADS: usize = 384;
+
+/// Keys that the copy engine takes at a time, KEYS of attention_groups.cu.
+const BOX_ROWS: usize = 128;
 
 /// Whether the kernel is for this architecture, precision and size of heads.
 pub(crate) fn is_for(arch: &str, precision: Precision, head_dim: usize) -> bool {
@@ -77,7 +80,8 @@ impl AttentionGroups {
         let [heads, kv_heads, head_dim] = cache.heads;
         device.bind()?;
         let rows = cache.keys.bytes() / (2 * head_dim);
-        let map = |ptr| TensorMap::new(ptr, rows, head_dim, head_dim as u32);
+        let map =
+            |ptr| TensorMap::new((ptr, Element::Bf16), [rows, head_dim], 2 * head_dim, BOX_ROWS);
         let args = GroupsArgs {
             keys: map(cache.keys.ptr())?,
             values: map(cache.values.ptr())?,

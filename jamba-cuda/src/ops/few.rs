@@ -1,10 +1,11 @@
-//! Launches `kernels/few.cu`.
+//! Launches `kernels/few.cu`, or what there is in its place on cards of sm_90a.
 #![allow(unsafe_code, reason = "launches kernels")]
 
 use jamba_core::quant::Packing;
 use jamba_core::shape::Shaped;
 use jamba_core::{Result, Role, WeightFormat};
 
+use super::few_groups::FewGroups;
 use super::linear::Operand;
 use crate::device::{Device, Grid, Kernel};
 use crate::kernels::{Loader, Unit};
@@ -18,8 +19,12 @@ pub(crate) const FEW_ROWS: usize = 64;
 /// kernels before the product still run.
 const AHEAD_BYTES: usize = 4 << 20;
 
-/// Entries of a tile of an expert, at most.
+/// Entries of a tile of an expert, at most; `few_groups.cu` has tiles of twice as many.
 const MOST_ENTRIES: usize = 32;
+
+/// Entries of the average expert up to which `few_groups.cu` takes less time, dequantising the weights
+/// for each tile of them, than dequantising all beforehand.
+const MOST_GROUPS_ENTRIES: usize = 128;
 
 /// The sources for weights in this format.
 pub(super) fn units(precision: Precision, format: WeightFormat) -> Vec<Unit> {
@@ -99,12 +104,19 @@ impl Entries {
         count <= experts.saturating_mul(MOST_ENTRIES * 3 / 4)
     }
 
+    /// Experts that are chosen, if each token chooses at random.
+    pub(super) fn chosen(&self) -> f64 {
+        let (all, tokens) = (self.experts as f64, (self.count / self.top_k.max(1)) as i32);
+        all - all * (1.0 - self.top_k as f64 / all).powi(tokens)
+    }
+
     /// Entries of a tile: what most experts have.
-    fn tile(&self) -> usize {
+    pub(super) fn tile(&self) -> usize {
         match self.count / self.experts.max(1) {
             0..=4 => 8,
             5..=10 => 16,
-            _ => MOST_ENTRIES,
+            11..=24 => MOST_ENTRIES,
+            _ => 2 * MOST_ENTRIES,
         }
     }
 }
@@ -131,6 +143,7 @@ pub(crate) struct Few {
     kernels: Vec<Kernels>,
     /// Warps that keep the memory busy.
     enough: usize,
+    groups: Option<FewGroups>,
 }
 
 impl Few {
@@ -167,7 +180,26 @@ impl Few {
         };
         let packings = packings(loader.precision, loader.format).into_iter();
         let kernels = packings.map(load).collect::<crate::Result<_>>()?;
-        Ok(Self { kernels, enough: 16 * loader.device.multiprocessors() })
+        let enough = 16 * loader.device.multiprocessors();
+        Ok(Self { kernels, enough, groups: FewGroups::load(loader)? })
+    }
+
+    /// Whether products of so many entries of `hidden` columns with quantised weights are for these
+    /// kernels.
+    pub(crate) fn takes_entries(&self, count: usize, experts: usize, hidden: usize) -> bool {
+        let are_few = count <= experts.saturating_mul(MOST_GROUPS_ENTRIES);
+        Entries::are_few(count, experts) || (self.takes_sorted(hidden) && are_few)
+    }
+
+    /// Whether products with weights that are not quantised are for these kernels: where they are
+    /// faster than cuBLASLt.
+    pub(crate) fn takes_dense(&self) -> bool {
+        self.groups.is_some()
+    }
+
+    /// Whether x is to have a row for every sorted entry of an expert, if it has so many columns.
+    pub(crate) fn takes_sorted(&self, hidden: usize) -> bool {
+        self.groups.is_some() && hidden.is_multiple_of(8)
     }
 
     fn kernels(&self, packing: Option<Packing>) -> Result<&Kernels> {
@@ -187,6 +219,9 @@ impl Few {
         bias: Option<&Weight>,
         out: u64,
     ) -> Result<()> {
+        if let Some(groups) = &self.groups {
+            return groups.linear(device, x, weight, bias, out);
+        }
         let ([n, k], matrix) = (weight.shape(), weight.matrix()?);
         let args = FewArgs {
             bias: bias.map_or(Ok(0), Weight::vector)?,
@@ -206,14 +241,17 @@ impl Few {
         weight: &Weight,
         out: Operand,
     ) -> Result<()> {
+        if let Some(groups) = &self.groups {
+            return groups.gated(device, x, weight, out);
+        }
         let ([n, k], matrix) = (weight.shape(), weight.matrix()?);
         let args = FewArgs { out: out.ptr, ldo: out.ld, ..args(x, matrix, [n / 2, k]) };
         let variant = &self.kernels(matrix.packing)?.gated[variant(x.rows)];
         self.launch(device, variant, args, None)
     }
 
-    /// [`gated`](Self::gated) for the entries of experts: x has a row for every token, out one for
-    /// every sorted entry.
+    /// [`gated`](Self::gated) for the entries of experts: x has a row for every token, or every sorted
+    /// entry ([`takes_sorted`](Self::takes_sorted)), out one for every sorted entry.
     pub(crate) fn expert_gated(
         &self,
         device: &Device,
@@ -222,11 +260,15 @@ impl Few {
         entries: Entries,
         out: Operand,
     ) -> Result<()> {
+        if let Some(groups) = self.groups.as_ref().filter(|_| entries.sorted == 0) {
+            return groups.expert_gated(device, x, weight, entries, out);
+        }
         let ([n, k], matrix) = (weight.shape(), weight.matrix()?);
         let n = n / (2 * entries.experts.max(1));
         let args = FewArgs { out: out.ptr, ldo: out.ld, ..args(x, matrix, [n, k]) };
-        let variant = &self.kernels(matrix.packing)?.expert_gated[variant(entries.tile())];
-        self.launch(device, variant, args, Some((entries, entries.tile())))
+        let tile = entries.tile().min(MOST_ENTRIES);
+        let variant = &self.kernels(matrix.packing)?.expert_gated[variant(tile)];
+        self.launch(device, variant, args, Some((entries, tile)))
     }
 
     /// `out (entries, n)` = the product of each sorted entry, a row of x, with its expert's matrix.
@@ -238,11 +280,15 @@ impl Few {
         entries: Entries,
         out: u64,
     ) -> Result<()> {
+        if let Some(groups) = &self.groups {
+            return groups.expert_linear(device, x, weight, entries, out);
+        }
         let ([n, k], matrix) = (weight.shape(), weight.matrix()?);
         let n = n / entries.experts.max(1);
         let args = FewArgs { out, ldo: n as u32, ..args(x, matrix, [n, k]) };
-        let variant = &self.kernels(matrix.packing)?.expert_linear[variant(entries.tile())];
-        self.launch(device, variant, args, Some((entries, entries.tile())))
+        let tile = entries.tile().min(MOST_ENTRIES);
+        let variant = &self.kernels(matrix.packing)?.expert_linear[variant(tile)];
+        self.launch(device, variant, args, Some((entries, tile)))
     }
 
     fn launch(
@@ -266,10 +312,7 @@ impl Few {
                 let (experts, top_k) = (e.experts as u32, e.top_k as u32);
                 let (start, sorted) = (e.start, e.sorted);
                 let args = FewArgs { start, sorted, experts, top_k, ..args };
-                // Experts that are chosen, if each token chooses at random.
-                let (all, tokens) = (e.experts as f64, (e.count / e.top_k.max(1)) as i32);
-                let chosen = all - all * (1.0 - e.top_k as f64 / all).powi(tokens);
-                ([tiles, across, 1], args, chosen, e.count)
+                ([tiles, across, 1], args, e.chosen(), e.count)
             }
         };
         let total = (blocks[0] * blocks[1]).max(1);
@@ -286,7 +329,7 @@ impl Few {
 }
 
 /// Which of the kernels takes so many rows at a time.
-fn variant(rows: usize) -> usize {
+pub(super) fn variant(rows: usize) -> usize {
     rows.div_ceil(8).next_power_of_two().ilog2() as usize
 }
 

@@ -2,7 +2,7 @@
 #![allow(unsafe_code, reason = "launches kernels")]
 
 use super::linear::Operand;
-use super::tensor_map::TensorMap;
+use super::tensor_map::{Element, TensorMap};
 use crate::device::{Device, Grid, Kernel};
 use crate::error::Result;
 use crate::kernels::{Loader, Unit};
@@ -11,6 +11,9 @@ use crate::options::Precision;
 /// Threads of a block, and bytes of `GroupedShared` of grouped.cu beside what aligns it.
 const THREADS: usize = 384;
 const SHARED: usize = 4 * (128 + 256) * 64 * 2 + 2 * 64 * 128 * 2 + 2 * 4 * 8 + 1024;
+
+/// Rows that the copy engine takes at a time.
+const BOX_ROWS: usize = 128;
 
 /// Whether the kernels are for this architecture and precision.
 pub(crate) fn is_for(arch: &str, precision: Precision) -> bool {
@@ -130,9 +133,12 @@ impl Grouped {
             Groups::Experts { experts, start, sorted, p } => (experts, [start, sorted, p]),
         };
         device.bind()?;
+        let map = |ptr, rows, ld: u32| {
+            TensorMap::new((ptr, Element::Bf16), [rows, k], 2 * ld as usize, BOX_ROWS)
+        };
         let args = GroupedArgs {
-            x: TensorMap::new(x.ptr, x.rows, k, x.ld)?,
-            w: TensorMap::new(w.ptr, experts * n * rows_per_column, k, w.ld)?,
+            x: map(x.ptr, x.rows, x.ld)?,
+            w: map(w.ptr, experts * n * rows_per_column, w.ld)?,
             start,
             sorted,
             p,

@@ -140,7 +140,7 @@ impl Linear {
         if self.packed.takes(x, weight) {
             return self.packed.linear(device, x, weight, bias, out.ptr());
         }
-        if weight.packing().is_some() && x.rows <= FEW_ROWS {
+        if self.are_few(x.rows, weight) {
             let x = self.cast(device, x, &mut w.cast)?;
             return self.few.linear(device, x, weight, bias, out.ptr());
         }
@@ -170,10 +170,21 @@ impl Linear {
         })
     }
 
+    /// Whether so many rows are a product of [`Few`], of an operand in bf16.
+    pub(crate) fn are_few(&self, rows: usize, weight: &Weight) -> bool {
+        let least = if weight.packing().is_some() {
+            1
+        } else if self.few.takes_dense() {
+            DENSE_ROWS + 1
+        } else {
+            return false;
+        };
+        (least..=FEW_ROWS).contains(&rows)
+    }
+
     /// Whether so many rows are a product of cuBLASLt, of operands in bf16.
     pub(crate) fn rounds(&self, rows: usize, weight: &Weight) -> bool {
-        let few = if weight.packing().is_some() { FEW_ROWS } else { DENSE_ROWS };
-        self.precision == Precision::Bf16 && rows > few
+        self.precision == Precision::Bf16 && rows > DENSE_ROWS && !self.are_few(rows, weight)
     }
 
     /// `out = x weight^T + bias` through cuBLASLt.

@@ -14,6 +14,7 @@ pub(crate) mod draw;
 pub(crate) mod elementwise;
 pub(crate) mod embed;
 pub(crate) mod few;
+mod few_groups;
 pub(crate) mod grouped;
 pub(crate) mod linear;
 pub(crate) mod moe;
@@ -48,6 +49,7 @@ pub(crate) fn units(precision: Precision, format: WeightFormat, arch: &str) -> V
     ];
     units.extend(moe::units());
     units.extend(few::units(precision, format));
+    units.extend(few_groups::units(precision, format, arch));
     units.extend(packed::units(precision, format, arch));
     units
 }

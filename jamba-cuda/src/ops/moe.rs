@@ -160,6 +160,13 @@ impl Experts {
             let dense = &mut workspaces.dense;
             return many.products(device, s, routes, operands, (grouped, weights), dense, out);
         }
+        if let (Way::Few, true, Some(many)) = (way, linear.few.takes_sorted(hidden), &self.many) {
+            let ptr = workspaces.cast.reserve(device, sorted_bytes(tokens, top_k, hidden))?;
+            many.gather(device, s, routes, x, ptr)?;
+            let x = Operand { ptr, rows: entries, ld: hidden as u32 };
+            few(device, linear, s, Routes { sorted: 0, ..routes }, x, weights, (act, y))?;
+            return self.routing.combine(device, s, routes, y, out);
+        }
         let x = match (x, self.precision) {
             (Tokens::Rounded(x), _) => x,
             (Tokens::Wide(x), Precision::F32) => Operand { ptr: x.ptr, rows: x.rows, ld: x.ld },
@@ -201,7 +208,11 @@ impl Experts {
             }
         }
         let is_many = s.entries >= GROUPED_ENTRIES * s.experts;
-        let is_few = if is_packed { Entries::are_few(s.entries, s.experts) } else { !is_many };
+        let is_few = if is_packed {
+            linear.few.takes_entries(s.entries, s.experts, s.hidden)
+        } else {
+            !is_many
+        };
         if is_few && is_bf16 {
             Way::Few
         } else if is_many && has_grouped && Grouped::fits(s.hidden) && Grouped::fits(s.inter) {

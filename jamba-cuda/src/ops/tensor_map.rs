@@ -6,8 +6,15 @@ use cudarc::driver::sys;
 use crate::device::driver_error;
 use crate::error::Result;
 
-/// Columns and rows that are copied at a time: 128 bytes of bf16, as hopper.cuh needs them.
-const BOX: [u32; 2] = [64, 128];
+/// What a matrix consists of.
+#[derive(Clone, Copy)]
+pub(super) enum Element {
+    Bf16,
+    Byte,
+}
+
+/// Bytes of a row that are copied at a time: what hopper.cuh has in a row of a box.
+const BOX_BYTES: usize = 128;
 
 /// A CUtensorMap, as hopper.cuh has it.
 #[repr(C, align(64))]
@@ -15,22 +22,32 @@ const BOX: [u32; 2] = [64, 128];
 pub(super) struct TensorMap([u64; 16]);
 
 impl TensorMap {
-    /// A row-major matrix of bf16, `ld` elements from one row to the next. Address and rows are
-    /// multiples of 16 bytes.
-    pub(super) fn new(ptr: u64, rows: usize, cols: usize, ld: u32) -> Result<Self> {
+    /// A row-major matrix, `stride` bytes from one row to the next, of which `box_rows` rows are
+    /// copied at a time. Address and stride are multiples of 16 bytes.
+    pub(super) fn new(
+        (ptr, element): (u64, Element),
+        [rows, cols]: [usize; 2],
+        stride: usize,
+        box_rows: usize,
+    ) -> Result<Self> {
         let mut map = sys::CUtensorMap { opaque: [0; 16] };
-        let (dims, strides) = ([cols as u64, rows as u64], [2 * u64::from(ld)]);
+        let (data_type, bytes) = match element {
+            Element::Bf16 => (sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2),
+            Element::Byte => (sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8, 1),
+        };
+        let (dims, strides) = ([cols as u64, rows as u64], [stride as u64]);
+        let of_box = [(BOX_BYTES / bytes) as u32, box_rows as u32];
         // SAFETY: all pointers are to values of this frame, of two dimensions and one stride; the
         // address is that of device memory, which is not read here.
         let encoded = unsafe {
             sys::cuTensorMapEncodeTiled(
                 &raw mut map,
-                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                data_type,
                 2,
                 ptr as *mut std::ffi::c_void,
                 dims.as_ptr(),
                 strides.as_ptr(),
-                BOX.as_ptr(),
+                of_box.as_ptr(),
                 [1u32; 2].as_ptr(),
                 sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
                 sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,

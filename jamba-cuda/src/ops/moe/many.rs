@@ -46,8 +46,8 @@ pub(super) struct Many {
 impl Many {
     pub(super) fn load(moe: &Module) -> crate::Result<Self> {
         Ok(Self {
-            gather_f32: moe.kernel("moe_gather_f32")?,
-            gather_bf16: moe.kernel("moe_gather_bf16")?,
+            gather_f32: moe.overlapping("moe_gather_f32")?,
+            gather_bf16: moe.overlapping("moe_gather_bf16")?,
             combine: moe.kernel("moe_combine_bf16")?,
         })
     }
