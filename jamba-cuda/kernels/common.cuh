@@ -183,3 +183,28 @@ __device__ __forceinline__ uint4 load_streaming(const void* p) {
                  : "l"(p));
     return v;
 }
+
+// ---- quantised weights, of kernels whose operands are bf16 ------------------------------------
+
+__device__ __forceinline__ u32 fma_bf16(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+// Two of the bytes of a word as bf16, exactly: its lower ones, or its upper ones.
+__device__ __forceinline__ u32 widen_int8(u32 word, bool upper) {
+    // 128 + the low seven bits, less 128 or, where the sign is set, 256.
+    const u32 q = __byte_perm(word, 0x43434343u, upper ? 0x4342 : 0x4140);
+    return fma_bf16(q & 0xff80ff80u, 0xbf80bf80u, q & 0xff7fff7fu);
+}
+// The same of bytes of 0 to 15, less 8.
+__device__ __forceinline__ u32 widen_int4(u32 word, bool upper) {
+    // 0x43nn is 128 + nn.
+    const u32 q = __byte_perm(word, 0x43434343u, upper ? 0x4342 : 0x4140);
+    return fma_bf16(q, 0x3f803f80u, 0xc308c308u);
+}
+// q times scale, rounded to bf16.
+__device__ __forceinline__ u32 scale_bf16(u32 q, u32 scale) {
+    return fma_bf16(q, scale, 0x80008000u);
+}

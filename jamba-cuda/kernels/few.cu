@@ -46,12 +46,6 @@ struct FewArgs {
     u32 ahead;          // bytes of each row of W to bring to the L2 cache early
 };
 
-__device__ __forceinline__ u32 fma_bf16(u32 a, u32 b, u32 c) {
-    u32 d;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-}
-
 // Eight of the weights in 16 bytes, number `part`, as pairs in their order.
 __device__ __forceinline__ void unpack(const uint4& raw, int part, u32 scale, u32 (&pairs)[4]) {
 #if PACKING == 0
@@ -64,22 +58,15 @@ __device__ __forceinline__ void unpack(const uint4& raw, int part, u32 scale, u3
 #endif
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-#if PACKING == 3
-        // 0x43nn is 128 + nn.
-        const u32 v = (part < 2 ? words[i] : words[i] >> 4) & 0x0f0f0f0fu;
-        u32 q[2] = {__byte_perm(v, 0x43434343u, 0x4140), __byte_perm(v, 0x43434343u, 0x4342)};
-        q[0] = fma_bf16(q[0], 0x3f803f80u, 0xc308c308u);
-        q[1] = fma_bf16(q[1], 0x3f803f80u, 0xc308c308u);
-#else
-        // 128 + the low seven bits, less 128 or, where the sign is set, 256.
-        u32 q[2] = {__byte_perm(words[i], 0x43434343u, 0x4140),
-                    __byte_perm(words[i], 0x43434343u, 0x4342)};
-        q[0] = fma_bf16(q[0] & 0xff80ff80u, 0xbf80bf80u, q[0] & 0xff7fff7fu);
-        q[1] = fma_bf16(q[1] & 0xff80ff80u, 0xbf80bf80u, q[1] & 0xff7fff7fu);
-#endif
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-            pairs[2 * i + j] = IN_BLOCKS ? fma_bf16(q[j], scale, 0x80008000u) : q[j];
+#if PACKING == 3
+            const u32 nibbles = (part < 2 ? words[i] : words[i] >> 4) & 0x0f0f0f0fu;
+            const u32 q = widen_int4(nibbles, j);
+#else
+            const u32 q = widen_int8(words[i], j);
+#endif
+            pairs[2 * i + j] = IN_BLOCKS ? scale_bf16(q, scale) : q;
         }
     }
 #endif

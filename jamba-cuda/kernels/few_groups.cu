@@ -72,24 +72,14 @@ __device__ __forceinline__ bool tile_at(const FewGroupsArgs& a, u32 index, Tile&
     }
 }
 
-__device__ __forceinline__ u32 fma_bf16(u32 a, u32 b, u32 c) {
-    u32 d;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-}
-
 // Two weights from two bytes; of PACKING 3, from their lower or upper halves.
 __device__ __forceinline__ u32 unpack(u32 v, bool upper, u32 scale) {
 #if PACKING == 3
-    // 0x43nn is 128 + nn.
-    u32 q = __byte_perm((upper ? v >> 4 : v) & 0x0f0fu, 0x43434343u, 0x4140);
-    q = fma_bf16(q, 0x3f803f80u, 0xc308c308u);
+    const u32 q = widen_int4((upper ? v >> 4 : v) & 0x0f0fu, false);
 #else
-    // 128 + the low seven bits, less 128 or, where the sign is set, 256.
-    u32 q = __byte_perm(v, 0x43434343u, 0x4140);
-    q = fma_bf16(q & 0xff80ff80u, 0xbf80bf80u, q & 0xff7fff7fu);
+    const u32 q = widen_int8(v, false);
 #endif
-    return IN_BLOCKS ? fma_bf16(q, scale, 0x80008000u) : q;
+    return IN_BLOCKS ? scale_bf16(q, scale) : q;
 }
 
 __device__ __forceinline__ u32 load_shared_16(u32 address) {

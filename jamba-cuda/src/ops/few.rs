@@ -121,11 +121,48 @@ impl Entries {
     }
 }
 
+/// What is multiplied with what: all rows of x with one matrix, or those of each expert with its own.
+#[derive(Clone, Copy)]
+pub(super) struct Product<'a> {
+    pub(super) x: Operand,
+    pub(super) weight: &'a Weight,
+    pub(super) bias: Option<&'a Weight>,
+    pub(super) entries: Option<Entries>,
+    /// The result: f32, or, gated, bf16 with zeros up to the next row.
+    pub(super) out: u64,
+    pub(super) ldo: usize,
+    /// Whether the weight is [gate | up], and the result `silu(gate) * up`.
+    pub(super) is_gated: bool,
+}
+
+impl Product<'_> {
+    fn experts(&self) -> usize {
+        self.entries.map_or(1, |e| e.experts.max(1))
+    }
+
+    /// Rows of the matrix, or of that of each expert.
+    pub(super) fn rows_of_w(&self) -> usize {
+        self.weight.shape()[0] / self.experts()
+    }
+
+    /// Columns of the result.
+    pub(super) fn n(&self) -> usize {
+        self.rows_of_w() / if self.is_gated { 2 } else { 1 }
+    }
+
+    /// What a launch of it does, in bytes of weights and operations.
+    pub(super) fn work(&self, matrix: Matrix) -> [usize; 2] {
+        let (matrices, rows) = self.entries.map_or((1.0, self.x.rows), |e| (e.chosen(), e.count));
+        let of_matrix = self.rows_of_w() * (matrix.stride + matrix.scale_stride);
+        let [_, k] = self.weight.shape();
+        [(matrices * of_matrix as f64) as usize, 2 * rows * self.rows_of_w() * k]
+    }
+}
+
 struct Variant {
     kernel: Kernel,
-    /// Columns of the result of a block, and rows of W for each.
+    /// Columns of the result of a block.
     rows: usize,
-    rows_of_w: usize,
     /// Warps of a block at most.
     warps: usize,
 }
@@ -155,13 +192,13 @@ impl Few {
                 let columns = [1, 2, 4, 8];
                 let variant = |(name, (tiles, columns)): (&&'static str, (usize, usize))| {
                     let kernel = module.overlapping(name)?;
-                    let (rows, rows_of_w) = if is_gated { (16, 2) } else { (16 * tiles, 1) };
+                    let rows = if is_gated { 16 } else { 16 * tiles };
                     // MOST_WARPS of few.cu.
                     let warps = match columns {
                         1 => 16 / tiles,
                         _ => (64 / (tiles * columns)).min(8),
                     };
-                    Ok(Variant { kernel, rows, rows_of_w, warps })
+                    Ok(Variant { kernel, rows, warps })
                 };
                 let sizes = tiles.into_iter().zip(columns);
                 names.iter().zip(sizes).map(variant).collect::<crate::Result<Vec<_>>>()
@@ -202,14 +239,6 @@ impl Few {
         self.groups.is_some() && hidden.is_multiple_of(8)
     }
 
-    fn kernels(&self, packing: Option<Packing>) -> Result<&Kernels> {
-        self.kernels.iter().find(|k| k.packing == packing).ok_or_else(|| {
-            let what =
-                format!("products with weights kept as {packing:?}, which its format has not");
-            jamba_core::Error::Unsupported { backend: "cuda", what }
-        })
-    }
-
     /// `out (rows, n) = x weight^T + bias`, in f32.
     pub(crate) fn linear(
         &self,
@@ -219,18 +248,9 @@ impl Few {
         bias: Option<&Weight>,
         out: u64,
     ) -> Result<()> {
-        if let Some(groups) = &self.groups {
-            return groups.linear(device, x, weight, bias, out);
-        }
-        let ([n, k], matrix) = (weight.shape(), weight.matrix()?);
-        let args = FewArgs {
-            bias: bias.map_or(Ok(0), Weight::vector)?,
-            out,
-            ldo: n as u32,
-            ..args(x, matrix, [n, k])
-        };
-        let variant = &self.kernels(matrix.packing)?.linear[variant(x.rows)];
-        self.launch(device, variant, args, None)
+        let [ldo, _] = weight.shape();
+        let product = Product { x, weight, bias, entries: None, out, ldo, is_gated: false };
+        self.launch(device, product)
     }
 
     /// `out = silu(gate) * up` of `x weight^T = [gate | up]`, with zeros up to the next row.
@@ -241,13 +261,9 @@ impl Few {
         weight: &Weight,
         out: Operand,
     ) -> Result<()> {
-        if let Some(groups) = &self.groups {
-            return groups.gated(device, x, weight, out);
-        }
-        let ([n, k], matrix) = (weight.shape(), weight.matrix()?);
-        let args = FewArgs { out: out.ptr, ldo: out.ld, ..args(x, matrix, [n / 2, k]) };
-        let variant = &self.kernels(matrix.packing)?.gated[variant(x.rows)];
-        self.launch(device, variant, args, None)
+        let (ldo, out) = (out.ld as usize, out.ptr);
+        let product = Product { x, weight, bias: None, entries: None, out, ldo, is_gated: true };
+        self.launch(device, product)
     }
 
     /// [`gated`](Self::gated) for the entries of experts: x has a row for every token, or every sorted
@@ -260,15 +276,9 @@ impl Few {
         entries: Entries,
         out: Operand,
     ) -> Result<()> {
-        if let Some(groups) = self.groups.as_ref().filter(|_| entries.sorted == 0) {
-            return groups.expert_gated(device, x, weight, entries, out);
-        }
-        let ([n, k], matrix) = (weight.shape(), weight.matrix()?);
-        let n = n / (2 * entries.experts.max(1));
-        let args = FewArgs { out: out.ptr, ldo: out.ld, ..args(x, matrix, [n, k]) };
-        let tile = entries.tile().min(MOST_ENTRIES);
-        let variant = &self.kernels(matrix.packing)?.expert_gated[variant(tile)];
-        self.launch(device, variant, args, Some((entries, tile)))
+        let (entries, ldo, out) = (Some(entries), out.ld as usize, out.ptr);
+        let product = Product { x, weight, bias: None, entries, out, ldo, is_gated: true };
+        self.launch(device, product)
     }
 
     /// `out (entries, n)` = the product of each sorted entry, a row of x, with its expert's matrix.
@@ -280,45 +290,61 @@ impl Few {
         entries: Entries,
         out: u64,
     ) -> Result<()> {
-        if let Some(groups) = &self.groups {
-            return groups.expert_linear(device, x, weight, entries, out);
-        }
-        let ([n, k], matrix) = (weight.shape(), weight.matrix()?);
-        let n = n / entries.experts.max(1);
-        let args = FewArgs { out, ldo: n as u32, ..args(x, matrix, [n, k]) };
-        let tile = entries.tile().min(MOST_ENTRIES);
-        let variant = &self.kernels(matrix.packing)?.expert_linear[variant(tile)];
-        self.launch(device, variant, args, Some((entries, tile)))
+        let ldo = weight.shape()[0] / entries.experts.max(1);
+        let entries = Some(entries);
+        let product = Product { x, weight, bias: None, entries, out, ldo, is_gated: false };
+        self.launch(device, product)
     }
 
-    fn launch(
-        &self,
-        device: &Device,
-        variant: &Variant,
-        args: FewArgs,
-        entries: Option<(Entries, usize)>,
-    ) -> Result<()> {
-        let across = (args.n as usize).max(args.ldo as usize).div_ceil(variant.rows);
-        let (rows, row_bytes) = (args.rows as usize, (args.stride + args.scale_stride) as usize);
-        let of_matrix = variant.rows_of_w * args.n as usize;
-        let (blocks, args, matrices, products) = match entries {
+    fn launch(&self, device: &Device, p: Product<'_>) -> Result<()> {
+        if let Some(groups) = &self.groups
+            && p.entries.is_none_or(|e| e.sorted == 0)
+        {
+            return groups.launch(device, p);
+        }
+        let ([_, k], matrix, n) = (p.weight.shape(), p.weight.matrix()?, p.n());
+        let found = self.kernels.iter().find(|k| k.packing == matrix.packing);
+        let kernels = found.ok_or_else(|| unknown(matrix.packing))?;
+        let tile = p.entries.map_or(p.x.rows, |e| e.tile().min(MOST_ENTRIES));
+        let by_size = match (p.entries.is_some(), p.is_gated) {
+            (false, false) => &kernels.linear,
+            (false, true) => &kernels.gated,
+            (true, false) => &kernels.expert_linear,
+            (true, true) => &kernels.expert_gated,
+        };
+        let variant = &by_size[variant(tile)];
+        let across = n.max(p.ldo).div_ceil(variant.rows);
+        let args = FewArgs {
+            x: p.x.ptr,
+            w: matrix.ptr,
+            scales: matrix.scales,
+            bias: p.bias.map_or(Ok(0), Weight::vector)?,
+            out: p.out,
+            rows: p.x.rows as u32,
+            n: n as u32,
+            k: k as u32,
+            ldx: p.x.ld,
+            ldo: p.ldo as u32,
+            stride: matrix.stride as u32,
+            scale_stride: matrix.scale_stride as u32,
+            ..FewArgs::default()
+        };
+        let (blocks, args) = match p.entries {
             None => {
-                let ahead = (AHEAD_BYTES / of_matrix.max(1)).min(args.stride as usize) & !127;
-                ([across, 1, 1], FewArgs { ahead: ahead as u32, ..args }, 1.0, rows)
+                let ahead = (AHEAD_BYTES / p.rows_of_w().max(1)).min(matrix.stride) & !127;
+                ([across, 1, 1], FewArgs { ahead: ahead as u32, ..args })
             }
-            Some((e, tile)) => {
+            Some(e) => {
                 // As many tiles as there may be.
                 let tiles = (e.count / tile + e.experts).min(e.count);
                 let (experts, top_k) = (e.experts as u32, e.top_k as u32);
                 let (start, sorted) = (e.start, e.sorted);
-                let args = FewArgs { start, sorted, experts, top_k, ..args };
-                ([tiles, across, 1], args, e.chosen(), e.count)
+                ([tiles, across, 1], FewArgs { start, sorted, experts, top_k, ..args })
             }
         };
         let total = (blocks[0] * blocks[1]).max(1);
         let warps = (self.enough / total).next_power_of_two().clamp(2, variant.warps);
-        let bytes = (matrices * (of_matrix * row_bytes) as f64) as usize;
-        let operations = 2 * products * of_matrix * args.k as usize;
+        let [bytes, operations] = p.work(matrix);
         let grid = Grid::new("few", blocks, 32 * warps, 0)?.doing(bytes, operations);
         // SAFETY: x has `rows` rows, or one for every token or entry, of k columns, the matrix n
         // rows (gated: 2 n) for each expert, the bias n elements, out a row of ldo for every row or
@@ -331,19 +357,4 @@ impl Few {
 /// Which of the kernels takes so many rows at a time.
 pub(super) fn variant(rows: usize) -> usize {
     rows.div_ceil(8).next_power_of_two().ilog2() as usize
-}
-
-fn args(x: Operand, matrix: Matrix, [n, k]: [usize; 2]) -> FewArgs {
-    FewArgs {
-        x: x.ptr,
-        w: matrix.ptr,
-        scales: matrix.scales,
-        rows: x.rows as u32,
-        n: n as u32,
-        k: k as u32,
-        ldx: x.ld,
-        stride: matrix.stride as u32,
-        scale_stride: matrix.scale_stride as u32,
-        ..FewArgs::default()
-    }
 }

@@ -5,9 +5,8 @@ use jamba_core::quant::Packing;
 use jamba_core::shape::Shaped;
 use jamba_core::{Result, WeightFormat};
 
-use super::few::{self, Entries};
+use super::few::{self, Product};
 use super::grouped;
-use super::linear::Operand;
 use super::tensor_map::{Element, TensorMap};
 use crate::device::{Device, Grid, Kernel};
 use crate::kernels::{Loader, Unit};
@@ -85,18 +84,6 @@ pub(super) struct FewGroups {
     clusters: [usize; MOST_SPLITS],
 }
 
-/// What is to be multiplied with what.
-struct Product<'a> {
-    x: Operand,
-    weight: &'a Weight,
-    bias: Option<&'a Weight>,
-    entries: Option<Entries>,
-    /// Address of the result, and elements from one row of it to the next.
-    out: u64,
-    ldo: usize,
-    is_gated: bool,
-}
-
 impl FewGroups {
     /// `None` where the card or the precision has other kernels.
     pub(super) fn load(loader: &Loader) -> crate::Result<Option<Self>> {
@@ -142,63 +129,8 @@ impl FewGroups {
         Ok(Some(Self { kernels, clusters }))
     }
 
-    /// `out (rows, n) = x weight^T + bias`, in f32.
-    pub(super) fn linear(
-        &self,
-        device: &Device,
-        x: Operand,
-        weight: &Weight,
-        bias: Option<&Weight>,
-        out: u64,
-    ) -> Result<()> {
-        let [ldo, _] = weight.shape();
-        let product = Product { x, weight, bias, entries: None, out, ldo, is_gated: false };
-        self.launch(device, product)
-    }
-
-    /// `out = silu(gate) * up` of `x weight^T = [gate | up]`, with zeros up to the next row.
-    pub(super) fn gated(
-        &self,
-        device: &Device,
-        x: Operand,
-        weight: &Weight,
-        out: Operand,
-    ) -> Result<()> {
-        let (ldo, out) = (out.ld as usize, out.ptr);
-        let product = Product { x, weight, bias: None, entries: None, out, ldo, is_gated: true };
-        self.launch(device, product)
-    }
-
-    /// [`gated`](Self::gated) for the sorted entries of experts, rows of x and of the result.
-    pub(super) fn expert_gated(
-        &self,
-        device: &Device,
-        x: Operand,
-        weight: &Weight,
-        entries: Entries,
-        out: Operand,
-    ) -> Result<()> {
-        let (entries, ldo, out) = (Some(entries), out.ld as usize, out.ptr);
-        let product = Product { x, weight, bias: None, entries, out, ldo, is_gated: true };
-        self.launch(device, product)
-    }
-
-    /// `out (entries, n)` = the product of each sorted entry, a row of x, with its expert's matrix.
-    pub(super) fn expert_linear(
-        &self,
-        device: &Device,
-        x: Operand,
-        weight: &Weight,
-        entries: Entries,
-        out: u64,
-    ) -> Result<()> {
-        let ldo = weight.shape()[0] / entries.experts.max(1);
-        let entries = Some(entries);
-        let product = Product { x, weight, bias: None, entries, out, ldo, is_gated: false };
-        self.launch(device, product)
-    }
-
-    fn launch(&self, device: &Device, p: Product<'_>) -> Result<()> {
+    /// A product of up to 64 rows, or of sorted entries, rows of x.
+    pub(super) fn launch(&self, device: &Device, p: Product<'_>) -> Result<()> {
         let ([all_rows, k], matrix) = (p.weight.shape(), p.weight.matrix()?);
         let found = self.kernels.iter().find(|k| k.packing == matrix.packing);
         let kernels = found.ok_or_else(|| few::unknown(matrix.packing))?;
@@ -208,10 +140,7 @@ impl FewGroups {
             (Some(e), false) => (&kernels.expert_linear, e.tile()),
             (Some(e), true) => (&kernels.expert_gated, e.tile()),
         };
-        let variant = few::variant(size);
-        let experts = p.entries.map_or(1, |e| e.experts.max(1));
-        let rows_of_w = all_rows / experts;
-        let n = if p.is_gated { rows_of_w / 2 } else { rows_of_w };
+        let (variant, n) = (few::variant(size), p.n());
         let tiles = if p.is_gated { p.ldo.div_ceil(ROWS / 2) } else { n.div_ceil(ROWS) };
         let multiprocessors = device.multiprocessors();
         let steps = k.div_ceil(depth(matrix.packing));
@@ -239,16 +168,14 @@ impl FewGroups {
             k: k as u32,
             ldo: p.ldo as u32,
             scale_stride: matrix.scale_stride as u32,
-            experts: experts as u32,
+            experts: p.entries.map_or(1, |e| e.experts) as u32,
             splits: splits as u32,
         };
-        let (matrices, products) = p.entries.map_or((1.0, p.x.rows), |e| (e.chosen(), e.count));
-        let of_matrix = rows_of_w * (matrix.stride + matrix.scale_stride);
-        let bytes = (matrices * of_matrix as f64) as usize;
+        let [bytes, operations] = p.work(matrix);
         let threads = threads(matrix.packing, p.entries.is_some());
         let grid = Grid::new("few_groups", [blocks, 1, 1], threads, STAGES + ALIGNMENT)?
             .clustered(splits)
-            .doing(bytes, 2 * products * rows_of_w * k);
+            .doing(bytes, operations);
         // SAFETY: the maps keep reads of x and W within them; the matrix has scales for n rows
         // (gated: 2 n) of each expert, the bias n elements, out a row of ldo for every row of x, as
         // the callers say; there are tiles for all of them, or blocks that take them in turn.
