@@ -20,6 +20,7 @@ use serde_json::{Value, json};
 /// field `prompt`, with `max_tokens`, `seed` and `priority` if they are to differ. Texts go to
 /// stdout, progress and throughput to stderr. A text does not depend on the number of slots.
 #[derive(Parser)]
+#[command(allow_negative_numbers = true)]
 struct Args {
     /// File of prompts, UTF-8; `-` is stdin.
     #[arg(value_name = "FILE")]
@@ -31,7 +32,7 @@ struct Args {
     #[arg(long, value_name = "N", default_value_t = 64)]
     max_tokens: usize,
     /// Divides the logits: 0 always takes the most probable token [default: the model's].
-    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    #[arg(long, value_name = "T")]
     temperature: Option<f32>,
     /// Seed of the first prompt; the next has the next.
     #[arg(long, value_name = "N", default_value_t = 0)]

@@ -7,11 +7,11 @@ use std::time::Instant;
 
 use clap::Parser;
 use jamba_core::{
-    Checkpoint, Config, Error, LanguageModel, Limits, Result, Runner, Sampling, WeightFormat,
+    Checkpoint, Config, LanguageModel, Limits, Result, Runner, Sampling, WeightFormat,
 };
 use jamba_examples::machine::{Machine, Planned, device_used, host_peak, plan, profile};
 use jamba_examples::measure::{Phase, Subject, preset, random_model};
-use jamba_examples::{BackendName, model_folder, print, run};
+use jamba_examples::{BackendName, Output, model_folder, print, run};
 use serde_json::{Value, json};
 
 /// Measures the reading of a prompt and the generation of tokens, and says which share of the
@@ -23,6 +23,7 @@ use serde_json::{Value, json};
 ///
 /// Times are medians. The tokens are random: experts are used as evenly as the router allows.
 #[derive(Parser)]
+#[command(allow_negative_numbers = true)]
 struct Args {
     /// Folder with config.json and safetensors [default: the demo model].
     #[arg(long, value_name = "DIR", conflicts_with = "preset")]
@@ -88,6 +89,7 @@ fn main() -> ExitCode {
 }
 
 fn bench(args: &Args) -> Result<()> {
+    let output = args.json.as_deref().map(Output::open).transpose()?;
     let machine = Machine::measure(args.backend, args.quant)?;
     let before = device_used(args.backend)?;
     let start = Instant::now();
@@ -133,7 +135,7 @@ fn bench(args: &Args) -> Result<()> {
             planned.about
         ))?;
     }
-    let Some(path) = &args.json else { return Ok(()) };
+    let Some(output) = output else { return Ok(()) };
     let all = json!({
         "model": name,
         "backend": args.backend.to_string(),
@@ -147,8 +149,7 @@ fn bench(args: &Args) -> Result<()> {
         "model_bytes": taken,
         "planned_bytes": planned.map(|planned| planned.bytes),
     });
-    std::fs::write(path, format!("{all:#}\n"))
-        .map_err(|source| Error::Io { path: path.clone(), source })
+    output.write(&format!("{all:#}\n"))
 }
 
 fn load(args: &Args) -> Result<(String, Box<dyn LanguageModel>)> {

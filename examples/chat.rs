@@ -18,6 +18,7 @@ use jamba_examples::{BackendName, model_folder, print, run};
 /// The demo model does not answer, as it has learnt tales and no conversations: it goes on with
 /// what is said. Ctrl-C ends a reply, ctrl-D or /quit the program. /help names the commands.
 #[derive(Parser)]
+#[command(allow_negative_numbers = true)]
 struct Args {
     /// Folder with config.json, tokenizer.json and safetensors [default: the demo model].
     #[arg(long, value_name = "DIR")]
@@ -35,7 +36,7 @@ struct Args {
     #[arg(long, value_name = "N", default_value_t = 128)]
     max_tokens: usize,
     /// Divides the logits: 0 always takes the most probable token [default: the model's].
-    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    #[arg(long, value_name = "T")]
     temperature: Option<f32>,
     /// Seed of the random numbers of the first reply; the next has the next.
     #[arg(long, value_name = "N", default_value_t = 0)]

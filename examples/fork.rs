@@ -16,6 +16,7 @@ use jamba_examples::{BackendName, model_folder, note, print, run};
 ///
 /// Texts go to stdout; what it cost goes to stderr.
 #[derive(Parser)]
+#[command(allow_negative_numbers = true)]
 struct Args {
     /// Folder with config.json, tokenizer.json and safetensors [default: the demo model].
     #[arg(long, value_name = "DIR")]
@@ -36,7 +37,7 @@ struct Args {
     #[arg(long, value_name = "N", default_value_t = 40)]
     max_tokens: usize,
     /// Divides the logits.
-    #[arg(long, value_name = "T", default_value_t = 0.8, allow_negative_numbers = true)]
+    #[arg(long, value_name = "T", default_value_t = 0.8)]
     temperature: f32,
     /// Seed of the first continuation; the next has the next.
     #[arg(long, value_name = "N", default_value_t = 1)]

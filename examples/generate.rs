@@ -24,6 +24,7 @@ use serde_json::json;
 /// whatever the number of threads (RAYON_NUM_THREADS sets it). What is piped in is continued as
 /// it is, a newline at its end included.
 #[derive(Parser)]
+#[command(allow_negative_numbers = true)]
 struct Args {
     /// Folder with config.json, tokenizer.json and safetensors [default: the demo model].
     #[arg(long, value_name = "DIR")]
@@ -38,7 +39,7 @@ struct Args {
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_tokens: usize,
     /// Divides the logits: 0 always takes the most probable token.
-    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    #[arg(long, value_name = "T")]
     temperature: Option<f32>,
     /// Keep only the K most probable tokens (0: all).
     #[arg(long, value_name = "K")]
@@ -53,10 +54,10 @@ struct Args {
     #[arg(long, value_name = "R")]
     repetition_penalty: Option<f32>,
     /// Taken from the logit of tokens that were generated before (0: off).
-    #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
     presence_penalty: f32,
     /// Taken from the logit of a token for each time it was generated before (0: off).
-    #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
     frequency_penalty: f32,
     /// Added to the logit of a token; may be given several times.
     #[arg(long, value_name = "ID=X", value_parser = parse_bias)]

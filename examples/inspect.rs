@@ -16,7 +16,7 @@ use jamba_examples::{model_folder, print, run};
 /// Shows the schedule of a model's layers, its parameters in total and active, and the memory it
 /// needs by context.
 #[derive(Parser)]
-#[command(after_help = presets())]
+#[command(after_help = presets(), allow_negative_numbers = true)]
 struct Args {
     /// Folder with config.json; weights beside it are checked too [default: the demo model].
     #[arg(long, value_name = "DIR", conflicts_with = "preset")]

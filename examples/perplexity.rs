@@ -14,6 +14,7 @@ use serde_json::json;
 /// The text is cut into windows. Each starts anew from the last tokens of the one before it, which
 /// are not scored again; the first token of the text is not scored.
 #[derive(Parser)]
+#[command(allow_negative_numbers = true)]
 struct Args {
     /// File to score, UTF-8.
     #[arg(value_name = "FILE")]

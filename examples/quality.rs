@@ -16,6 +16,7 @@ use serde_json::json;
 /// divergence of the next token's distribution (nats), how often the most probable token is the
 /// same, and the bytes of the weights.
 #[derive(Parser)]
+#[command(allow_negative_numbers = true)]
 struct Args {
     /// Text, UTF-8 [default: the held-out passages of the demo model].
     #[arg(value_name = "FILE")]

@@ -17,6 +17,7 @@ use jamba_examples::{BackendName, model_folder, note, parse_ids, run};
 /// (tokens, width); of the ids after it: decode_logits (ids, vocabulary); at the end:
 /// state.I.{conv (d_inner, d_conv), ssm (d_inner, d_state), k, v (kv_heads, tokens, head_dim)}.
 #[derive(Parser)]
+#[command(allow_negative_numbers = true)]
 struct Args {
     /// Folder with config.json and safetensors, and tokenizer.json for a text [default: the demo
     /// model].

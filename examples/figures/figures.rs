@@ -3,7 +3,7 @@
 mod draw;
 
 use std::num::{NonZeroU32, NonZeroUsize};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, ValueEnum};
@@ -11,7 +11,7 @@ use jamba_core::memory::{kv_bytes, kv_bytes_per_token, mamba_state_bytes, weight
 use jamba_core::{Config, Dtype, Error, Limits, Result, Sampling, WeightFormat};
 use jamba_examples::machine::{Machine, plan};
 use jamba_examples::measure::{Phase, Subject, is_too_large, preset, random_model};
-use jamba_examples::{BackendName, note, print, run};
+use jamba_examples::{BackendName, Output, note, print, run};
 use serde_json::{Value, json};
 
 use crate::draw::{Chart, Scale, short};
@@ -35,6 +35,7 @@ const FORMATS: [WeightFormat; 2] = [WeightFormat::ExpertsInt8, WeightFormat::Int
 /// of the steps, which count for all. Models have random weights; each is loaded once. A batch or
 /// context that does not fit ends its series.
 #[derive(Parser)]
+#[command(allow_negative_numbers = true)]
 struct Args {
     /// Shapes to measure, the first beside each of the others.
     #[arg(
@@ -130,8 +131,9 @@ fn figures(mut args: Args) -> Result<()> {
     let shapes = args.presets.iter().map(|name| preset(name, args.layers));
     let shapes = shapes.collect::<Result<Vec<_>>>()?;
     shapes.iter().try_for_each(|(_, config)| config.validate())?;
-    let io = |path: &Path, source| Error::Io { path: path.into(), source };
-    std::fs::create_dir_all(&args.output).map_err(|e| io(&args.output, e))?;
+    std::fs::create_dir_all(&args.output)
+        .map_err(|source| Error::Io { path: args.output.clone(), source })?;
+    let output = args.json.as_deref().map(Output::open).transpose()?;
     let mut all = json!({ "memory_gib": args.memory.get() });
     if args.wants(Figure::Memory) {
         all["memory"] = memory(&args)?;
@@ -155,8 +157,7 @@ fn figures(mut args: Args) -> Result<()> {
             all["context"] = by_context(&args, &measured)?;
         }
     }
-    let Some(path) = &args.json else { return Ok(()) };
-    std::fs::write(path, format!("{all:#}\n")).map_err(|e| io(path, e))
+    output.map_or(Ok(()), |output| output.write(&format!("{all:#}\n")))
 }
 
 fn gib(bytes: u64) -> f64 {

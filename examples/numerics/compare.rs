@@ -25,6 +25,7 @@ use jamba_tests::oracle::OracleBackend;
 /// compares the tensors of two files by name instead, such as those that the trace example or
 /// another engine wrote.
 #[derive(Parser)]
+#[command(allow_negative_numbers = true)]
 struct Args {
     /// The backend that gives the inputs and the expected values.
     #[arg(long, value_enum, default_value = "reference")]
@@ -62,7 +63,7 @@ struct Args {
     chunk: std::num::NonZeroUsize,
     /// Ends with exit code 1 if an error is larger than this share of its tensor's largest value, as it
     /// does where tensors of two files have other shapes or are missing.
-    #[arg(long, value_name = "SHARE")]
+    #[arg(long, value_name = "SHARE", value_parser = parse_bound)]
     at_most: Option<f64>,
     /// Prints JSON instead of a table.
     #[arg(long)]
@@ -152,6 +153,13 @@ fn layers<B: Backend + 'static>(
     limits: Limits,
 ) -> Result<Box<dyn LayerRunner>> {
     Ok(Box::new(Layers::new(Model::new(config.clone(), source, backend)?, limits)?))
+}
+
+fn parse_bound(text: &str) -> std::result::Result<f64, String> {
+    match text.parse() {
+        Ok(bound) if bound >= 0.0 => Ok(bound),
+        _ => Err("a bound is a number, 0 or more".into()),
+    }
 }
 
 fn main() -> ExitCode {

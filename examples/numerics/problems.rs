@@ -18,6 +18,7 @@ use jamba_tests::{Numbers, Precision};
 /// States are named `state.LAYER.PART.SLOT`: before the step with `in.`, where the slot holds any
 /// token, after it with `out.`. The line that describes the problem is printed; it replays it.
 #[derive(Parser)]
+#[command(allow_negative_numbers = true)]
 struct Args {
     /// Lists the operators and blocks, each with an example of a line for --case.
     #[arg(long, exclusive = true)]

@@ -208,6 +208,35 @@ pub fn read_text(path: &Path) -> Result<String> {
     Ok(text)
 }
 
+/// A file for what is only known at the end: opened at the beginning, so that a path that cannot be
+/// written is refused before the work, and until then left as it is.
+pub struct Output {
+    path: PathBuf,
+    file: std::fs::File,
+}
+
+impl Output {
+    /// # Errors
+    /// [`Error::Io`] where the file can be neither opened nor made.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = std::fs::File::options().write(true).create(true).truncate(false).open(path);
+        let file = file.map_err(|source| Error::Io { path: path.to_owned(), source })?;
+        Ok(Self { path: path.to_owned(), file })
+    }
+
+    /// Puts the text in the place of what the file had.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn write(mut self, text: &str) -> Result<()> {
+        // What is no file, /dev/stdout for one, has no length.
+        let is_file = self.file.metadata().is_ok_and(|of| of.is_file());
+        let emptied = if is_file { self.file.set_len(0) } else { Ok(()) };
+        let written = emptied.and_then(|()| self.file.write_all(text.as_bytes()));
+        written.map_err(|source| Error::Io { path: self.path, source })
+    }
+}
+
 /// Parses a list of token ids: `1,2,3`, an empty list from the empty string.
 ///
 /// # Errors

@@ -412,6 +412,13 @@ fn bench_says_how_much_of_the_machine_is_used() {
     assert!(out.contains("weights int4, on cpu"), "{out}");
     assert!(out.contains("2 of 8 layers of jamba-tales-11m"), "{out}");
     refused(example("bench").args(["--preset", "gpt-2"]), &["gpt-2", "jamba-v0.1"]);
+    refused(example("bench").args(["--top-k", "-1"]), &["--top-k", "-1"]);
+    // Before anything is measured, and a file that is there is kept.
+    let nowhere = folder.path().join("none").join("bench.json");
+    refused(example("bench").arg("--json").arg(nowhere), &["none"]);
+    let kept = std::fs::read(&path).unwrap();
+    refused(example("bench").args(["--model", "nowhere", "--json"]).arg(&path), &["nowhere"]);
+    assert_eq!(std::fs::read(&path).unwrap(), kept);
 }
 
 #[test]

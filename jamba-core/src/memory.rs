@@ -12,6 +12,9 @@
 //! # Ok::<(), jamba_core::Error>(())
 //! ```
 
+use std::fs;
+use std::path::Path;
+
 use crate::backend::{Limits, Scratch};
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -85,10 +88,13 @@ pub fn scratch_bytes(config: &Config, limits: &Limits) -> u64 {
     bytes
 }
 
-/// Bytes of the machine's memory that programs can still take, as Linux estimates them; `None` on
-/// other systems. What a control group leaves of them is not looked at.
+/// Bytes of memory that this program can still take, as Linux estimates them: of the machine's, and of
+/// what its control groups (those of a container, say) are limited to. `None` on other systems.
 pub fn available() -> Option<u64> {
-    available_of(&std::fs::read_to_string("/proc/meminfo").ok()?)
+    let of_machine = available_of(&fs::read_to_string("/proc/meminfo").ok()?)?;
+    let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let of_groups = left_by_groups(Path::new("/sys/fs/cgroup"), &groups);
+    Some(of_groups.map_or(of_machine, |left| left.min(of_machine)))
 }
 
 fn available_of(meminfo: &str) -> Option<u64> {
@@ -96,7 +102,62 @@ fn available_of(meminfo: &str) -> Option<u64> {
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// Refuses what the machine has no memory for, where it says how much it has: a system that gives
+/// Where a version of control groups says what a group is limited to and what it uses.
+struct Hierarchy {
+    folder: &'static str,
+    limit: &'static str,
+    usage: &'static str,
+    /// Lines of `memory.stat` with what is used for files, which the kernel takes back.
+    cached: [&'static str; 2],
+}
+
+const UNIFIED: Hierarchy = Hierarchy {
+    folder: "",
+    limit: "memory.max",
+    usage: "memory.current",
+    cached: ["active_file ", "inactive_file "],
+};
+
+const VERSION_1: Hierarchy = Hierarchy {
+    folder: "memory",
+    limit: "memory.limit_in_bytes",
+    usage: "memory.usage_in_bytes",
+    cached: ["total_active_file ", "total_inactive_file "],
+};
+
+impl Hierarchy {
+    /// What a group leaves of its limit, `None` where it has none.
+    fn left(&self, group: &Path) -> Option<u64> {
+        let read = |name| fs::read_to_string(group.join(name)).ok();
+        let number = |text: &str| text.trim().parse::<u64>().ok();
+        let (limit, usage) = (number(&read(self.limit)?)?, number(&read(self.usage)?)?);
+        let stat = read("memory.stat").unwrap_or_default();
+        let of_line =
+            |line: &str| self.cached.iter().find_map(|name| number(line.strip_prefix(name)?));
+        let cached: u64 = stat.lines().filter_map(of_line).sum();
+        Some(limit.saturating_sub(usage.saturating_sub(cached)))
+    }
+}
+
+/// The least that a control group leaves, of those that `/proc/self/cgroup` lists and the groups
+/// around them.
+fn left_by_groups(mounted: &Path, listed: &str) -> Option<u64> {
+    let of_line = |line: &str| {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (controllers, group) = (fields.next()?, fields.next()?);
+        let hierarchy = match controllers {
+            "" => UNIFIED,
+            some if some.split(',').any(|name| name == "memory") => VERSION_1,
+            _ => return None,
+        };
+        let folder = mounted.join(hierarchy.folder);
+        let groups = Path::new(group.trim_start_matches('/')).ancestors();
+        groups.filter_map(|group| hierarchy.left(&folder.join(group))).min()
+    };
+    listed.lines().filter_map(of_line).min()
+}
+
+/// Refuses what there is no memory for, where the system says how much it has: a system that gives
 /// more than there is ends the process where it is written.
 ///
 /// # Errors
@@ -139,6 +200,38 @@ mod tests {
             assert_eq!(available_of(other), None, "{other}");
         }
         assert_eq!(available().is_some(), cfg!(target_os = "linux"));
+    }
+
+    #[test]
+    fn what_control_groups_leave() {
+        let mounted = tempfile::tempdir().unwrap();
+        let write = |path: &str, content: &str| {
+            let path = mounted.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, content).unwrap();
+        };
+        let left = |listed| left_by_groups(mounted.path(), listed);
+        assert_eq!(left("0::/\n"), None);
+        write("memory.max", "max\n");
+        write("memory.current", "900\n");
+        assert_eq!(left("0::/\n"), None);
+        // Files that the kernel keeps count as free; a group within has no more than those around it.
+        write("a/memory.max", "1000\n");
+        write("a/memory.current", "900\n");
+        write("a/memory.stat", "anon 300\ninactive_file 500\nactive_file 100\n");
+        assert_eq!(left("0::/a\n"), Some(700));
+        write("a/b/memory.max", "5000\n");
+        write("a/b/memory.current", "100\n");
+        assert_eq!(left("0::/a/b\n"), Some(700));
+        // One that is not seen from within is passed over.
+        assert_eq!(left("0::/a/unseen\n"), Some(700));
+        write("memory/c/memory.limit_in_bytes", "400\n");
+        write("memory/c/memory.usage_in_bytes", "600\n");
+        let both = "9:name=systemd:/\n4:cpu,memory:/c\n0::/a\n";
+        assert_eq!(left(both), Some(0));
+        for broken in ["", ":", "0:", "0::", "x", "4:memory:c:d"] {
+            assert_eq!(left(broken), None, "{broken}");
+        }
     }
 
     #[test]

@@ -169,4 +169,7 @@ fn errors_above_a_bound_end_with_1() {
         example("compare").args(args).output().unwrap().status.code()
     };
     assert_eq!((bounded("1e-4"), bounded("0")), (Some(0), Some(1)));
+    for bound in ["-1", "nan", "x"] {
+        refused(example("compare").args(["--at-most", bound]), &["--at-most", "0 or more"]);
+    }
 }

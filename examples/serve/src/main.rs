@@ -16,6 +16,7 @@ use jamba_serve::{Server, Settings};
 /// It listens on this machine only unless --host says otherwise. On SIGINT (ctrl-C) or SIGTERM it
 /// takes no more requests, and ends when those that run have ended or --grace is over.
 #[derive(Parser)]
+#[command(allow_negative_numbers = true)]
 struct Args {
     /// Folder with config.json, tokenizer.json and safetensors [default: the demo model].
     #[arg(long, value_name = "DIR")]
