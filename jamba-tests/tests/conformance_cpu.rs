@@ -11,8 +11,9 @@ const ISAS: [&str; 5] = ["amx", "avx512bf16", "avx512", "avx2", "portable"];
 /// Those with products of bf16.
 const WITH_BF16: [&str; 2] = ["amx", "avx512bf16"];
 
-/// Problems of a case in a format that quantises: what does not touch weights is the same code as
-/// in all problems of the stored ones.
+/// Problems of a case on another instruction set than the best, and in a format that quantises: most
+/// of the code is that of all problems with stored weights on the best.
+const CASES_OTHERS: u32 = 64;
 const CASES_QUANTISED: u32 = 16;
 
 fn main() {
@@ -50,6 +51,9 @@ fn trials_of(
         })
     });
     let mut support = Support::default().precision(precision);
+    if isa != CpuBackend::all()[0].isa() {
+        support = support.cases(CASES_OTHERS);
+    }
     let mut name = isa.to_owned();
     if let Some(format) = format {
         backend = backend.map(|b| b.with_format(format.weight_format()));
