@@ -17,6 +17,30 @@ use crate::trace::{Detail, Listener, Traced};
 use crate::transfer;
 
 /// A model with scratch and state: runs batches. The rung below [`Session`](crate::Session).
+///
+/// One prompt, read once and continued in two ways:
+///
+/// ```
+/// use jamba_core::{Batch, LanguageModel, Limits, Model, Outputs};
+/// use jamba_cpu::CpuBackend;
+///
+/// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/jamba-tales-11m");
+/// let model = Model::load(folder, CpuBackend::new())?;
+/// let limits = Limits { slots: 2, context: 16, tokens: 8, outputs: 2 };
+/// let mut runner = model.runner(limits)?;
+/// let mut batch = Batch::new();
+/// batch.push(0, 0, &[5, 6, 7], Outputs::None);
+/// runner.step(&batch)?;
+/// runner.copy_slot(0, 1, 3)?;
+/// batch.clear();
+/// batch.push(0, 3, &[8], Outputs::Last);
+/// batch.push(1, 3, &[9], Outputs::Last);
+/// runner.step(&batch)?;
+/// let logits = runner.logits()?;
+/// let (of_8, of_9) = logits.split_at(model.config().vocab_size);
+/// assert_ne!(of_8, of_9);
+/// # Ok::<(), jamba_core::Error>(())
+/// ```
 pub trait Runner: Send {
     /// The configuration of the model.
     fn config(&self) -> &Config;
