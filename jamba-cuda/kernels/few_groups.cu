@@ -141,7 +141,7 @@ struct Few {
 
     const FewGroupsArgs& a;
     u32 stages, sums, full, empty;  // in shared memory
-    u32 from, to;             // of the steps along k
+    u32 from, to;                    // of the steps along k
 
     __device__ __forceinline__ void fetch_w(const Tile& tile, u32 step, u32 i) {
         const u32 first = tile.expert * (GATED ? 2 * a.n : a.n) + tile.column;
@@ -319,14 +319,14 @@ struct Few {
             }
             // Nothing is on its way to the stages any more.
             group_sync(1, CONSUMERS);
-            const u32 own = stages + pair * (SUMS * PAIR * 4) + of_thread;
+            const u32 own = stages + pair * SUM_BYTES + of_thread;
 #pragma unroll
             for (int i = 0; i < SUMS; ++i) store_shared(own + 4 * PAIR * i, c[i]);
             cluster_sync();
             for (u32 i = PAIRS * rank + pair; i < COLUMNS / 8; i += PAIRS * a.splits) {
                 float all[4] = {};
                 for (u32 other = 0; other < PAIRS * a.splits; ++other) {
-                    const u32 from = stages + other % PAIRS * (SUMS * PAIR * 4) + of_thread;
+                    const u32 from = stages + other % PAIRS * SUM_BYTES + of_thread;
 #pragma unroll
                     for (int j = 0; j < 4; ++j) {
                         all[j] += load_shared_at(from + 4 * PAIR * (4 * i + j), other / PAIRS);
