@@ -2,8 +2,6 @@
 
 use std::fmt;
 use std::iter::FusedIterator;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
@@ -12,12 +10,14 @@ use crate::sampler::Sampling;
 use crate::session::Session;
 use crate::tokenizer::Tokenizer;
 
+mod cancel;
 mod hold;
 mod stops;
 #[cfg(test)]
 mod tests;
 mod writer;
 
+pub use cancel::CancelToken;
 pub(crate) use hold::Hold;
 #[cfg(test)]
 use stops::Stops;
@@ -60,43 +60,6 @@ impl Default for GenerateOptions {
             #[cfg(feature = "structured")]
             grammar: None,
         }
-    }
-}
-
-/// Cancels a generation from another thread, or from the one that runs it. Clones are one token.
-///
-/// ```
-/// use std::time::Duration;
-///
-/// use jamba_core::CancelToken;
-///
-/// let cancel = CancelToken::new(); // a clone of it goes into `GenerateOptions::cancel`
-/// let timer = cancel.clone();
-/// std::thread::spawn(move || {
-///     std::thread::sleep(Duration::from_millis(1));
-///     timer.cancel();
-/// });
-/// while !cancel.is_cancelled() {
-///     std::thread::yield_now();
-/// }
-/// ```
-#[derive(Clone, Debug, Default)]
-pub struct CancelToken(Arc<AtomicBool>);
-
-impl CancelToken {
-    /// A token that is not cancelled.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Asks for the end: no step begins after it is seen.
-    pub fn cancel(&self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-
-    /// Whether [`cancel`](Self::cancel) was called.
-    pub fn is_cancelled(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
     }
 }
 
