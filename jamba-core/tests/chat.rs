@@ -237,13 +237,22 @@ fn errors_say_where() {
     // However deep a template nests, there is room for it, or an error.
     let nested = "{% set n = namespace(x=[]) %}{% for i in range(50000) %}{% set n.x = [n.x] %}\
                   {% endfor %}{{ n.x == n.x }}{{ n.x | string | length }}";
-    let chains = ["-", "not ", "'a'~"].map(|part| format!("{{{{ {}1 }}}}", part.repeat(5_000)));
+    let chain = |part: &str, n| format!("{{{{ {}x }}}}", part.repeat(n));
+    let chains = ["-", "not ", "'a'~"].map(|part| chain(part, 990));
     for source in chains.iter().map(String::as_str).chain([nested]) {
         if let Ok(template) = ChatTemplate::new(source) {
             template.render(&chat, End::Reply).ok();
         }
     }
     assert!(ChatTemplate::new(&"x".repeat(1 << 20)).unwrap_err().to_string().contains("bytes"));
+    // Each of these takes minijinja time that grows with the square of its length.
+    for part in ["-", "not ", "x+", "x["] {
+        for end in ["", "{{ '"] {
+            let source = format!("\n{}{end}", chain(part, 5_000));
+            let error = ChatTemplate::new(&source).unwrap_err().to_string();
+            assert!(error.starts_with("<template>:2: a tag of more than"), "{error}");
+        }
+    }
     // A tag that ends within its beginning does not.
     for source in ["{%}", "{#}", "{%}raw generation", "{#} {% generation %}", "{% raw %}{%}", "{%"]
     {

@@ -311,7 +311,10 @@ fn rsplit(
 /// filter over the block; the newline after `{% raw %}` stays; `{% set a.b = c %}` becomes a call of
 /// [`SET`]; what `{% for %}` goes over passes through [`EACH`], and what `~` puts together through
 /// [`TEXT`]. No line moves.
-pub(super) fn translated(source: &str) -> String {
+///
+/// # Errors
+/// The line of a tag of more than [`MAX_WORDS`].
+pub(super) fn translated(source: &str) -> Result<String, usize> {
     let mut out = String::with_capacity(source.len() + 64);
     let mut rest = source;
     // For every `{% set %}` that is open, what follows its end.
@@ -323,7 +326,13 @@ pub(super) fn translated(source: &str) -> String {
             _ => "}}",
         };
         // Behind the opening: in `{%}` there is no end.
-        let Some(length) = end_of_tag(&rest[at + 2..], end).map(|inner| inner + 2) else { break };
+        let found = end_of_tag(&rest[at + 2..], end);
+        let words = &rest[at + 2..][..found.unwrap_or(rest.len() - at - 2)];
+        if end != "#}" && tokens(words).nth(MAX_WORDS).is_some() {
+            let before = source.len() - rest.len() + at;
+            return Err(1 + source[..before].matches('\n').count());
+        }
+        let Some(length) = found.map(|inner| inner + 2) else { break };
         let (tag, after) = rest[at..].split_at(length + end.len());
         out.push_str(&rest[..at]);
         rest = after;
@@ -362,8 +371,12 @@ pub(super) fn translated(source: &str) -> String {
         }
     }
     out.push_str(rest);
-    out
+    Ok(out)
 }
+
+/// Words, strings and signs of a tag at most, many times what published models have: minijinja looks for
+/// constants in every part of an expression anew, in time that grows with the square of its depth.
+pub(super) const MAX_WORDS: usize = 2000;
 
 /// A `{% set %}` tag.
 struct Assignment<'a> {

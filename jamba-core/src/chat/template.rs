@@ -7,7 +7,7 @@ use std::sync::Arc;
 use minijinja::{Environment, Value as Variable};
 use serde_json::Value;
 
-use super::environment::{Marks, environment, prepare, translated};
+use super::environment::{MAX_WORDS, Marks, environment, prepare, translated};
 use super::message::Chat;
 use super::namespace::Namespaces;
 use super::rendered::Rendered;
@@ -148,7 +148,10 @@ impl ChatTemplate {
                     let reason = format!("it has more than {MAX_TEMPLATE} bytes");
                     return Err(Error::Template { path: path.clone(), line: 0, reason });
                 }
-                let parsed = translated(source);
+                let parsed = translated(source).map_err(|line| {
+                    let reason = format!("a tag of more than {MAX_WORDS} words and signs");
+                    Error::Template { path: path.clone(), line, reason }
+                })?;
                 env.add_template_owned(name.clone(), parsed).map_err(|e| refused(&path, &e))?;
             }
             Ok(env)
