@@ -1,5 +1,6 @@
-// Products of up to 64 rows of x with a matrix on the tensor cores of sm_90a: each weight is read
-// once, by the copy engine, and dequantised on its way from shared memory to the tensor cores.
+// Products of few rows of x with a matrix on the tensor cores of sm_90a: each weight is read once for
+// up to 64 of them, by the copy engine, and dequantised on its way from shared memory to the tensor
+// cores.
 // few.cu is for other cards.
 //
 //   linear_*         out = x W^T + bias
@@ -54,10 +55,11 @@ template <int COLUMNS, bool GATED, bool EXPERTS>
 __device__ __forceinline__ bool tile_at(const FewGroupsArgs& a, u32 index, Tile& tile) {
     constexpr u32 ROWS = GATED ? 64 : 128;
     const u32 across = (max(a.n, GATED ? a.ldo : 0) + ROWS - 1) / ROWS;
+    auto along_x = [](u32 rows) { return (rows + COLUMNS - 1) / COLUMNS; };
     if constexpr (EXPERTS) {
         for (u32 e = 0; e < a.experts; ++e) {
             const u32 start = a.start[e], end = a.start[e + 1];
-            const u32 along = (end - start + COLUMNS - 1) / COLUMNS;
+            const u32 along = along_x(end - start);
             if (index < along * across) {
                 const u32 first = start + index % along * COLUMNS;
                 tile = Tile{e, first, min(first + COLUMNS, end), index / along * ROWS};
@@ -67,8 +69,9 @@ __device__ __forceinline__ bool tile_at(const FewGroupsArgs& a, u32 index, Tile&
         }
         return false;
     } else {
-        tile = Tile{0, 0, a.rows, index * ROWS};
-        return index < across;
+        const u32 along = along_x(a.rows), first = index % along * COLUMNS;
+        tile = Tile{0, first, min(first + COLUMNS, a.rows), index / along * ROWS};
+        return index < along * across;
     }
 }
 

@@ -96,7 +96,7 @@ pub(crate) fn mlp(
     }
     begin.norm(b, s)?;
     let rows = s.normed.rows();
-    let is_few = b.linear.are_few(rows, &w.gate_up_proj);
+    let is_few = b.linear.few.takes_rows(rows, &w.gate_up_proj);
     if rows == 0 || !(is_few || b.linear.rounds(rows, &w.gate_up_proj)) {
         return compose::mlp(b, w, s);
     }

@@ -7,7 +7,7 @@ use jamba_core::weights::Weights;
 use jamba_core::{Config, Limits, Role, WeightFormat, memory};
 
 use crate::error::{Error, Result};
-use crate::ops::few::{Entries, FEW_ROWS};
+use crate::ops::few::{Entries, FEW_ROWS, MOST_GROUPS_ROWS};
 use crate::ops::linear::DENSE_BYTES;
 use crate::ops::{attention_step, cublas, moe, sample};
 use crate::options::Precision;
@@ -153,7 +153,7 @@ pub(crate) fn workspaces(
     };
     let cast = cast.max(sorted);
     // Those of an MLP of few rows, in f32 or in bf16.
-    let few = 4 * tokens.min(FEW_ROWS) * inter.next_multiple_of(8);
+    let few = 4 * tokens.min(MOST_GROUPS_ROWS) * inter.next_multiple_of(8);
     // A token for each sequence, however many rows of logits a step has.
     let chosen = sample::workspace_bytes(limits.slots.min(limits.outputs), config.vocab_size);
     let dense = dense(config, limits, precision, format);

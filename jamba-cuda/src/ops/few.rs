@@ -6,7 +6,7 @@ use jamba_core::shape::Shaped;
 use jamba_core::{Result, Role, WeightFormat};
 
 use super::few_groups::FewGroups;
-use super::linear::Operand;
+use super::linear::{DENSE_ROWS, Operand};
 use crate::device::{Device, Grid, Kernel};
 use crate::kernels::{Loader, Unit};
 use crate::options::Precision;
@@ -15,16 +15,17 @@ use crate::weight::{self, Matrix, Weight};
 /// Rows of x up to which each weight is read once.
 pub(crate) const FEW_ROWS: usize = 64;
 
+/// Rows of x up to which `few_groups.cu` takes less time, dequantising the weights for each tile of them,
+/// than dequantising all beforehand; and entries of the average expert.
+pub(crate) const MOST_GROUPS_ROWS: usize = 192;
+const MOST_GROUPS_ENTRIES: usize = 128;
+
 /// Bytes of a matrix that are brought to the L2 cache, more of which gains nothing, while
 /// kernels before the product still run.
 const AHEAD_BYTES: usize = 4 << 20;
 
 /// Entries of a tile of an expert, at most; `few_groups.cu` has tiles of twice as many.
 const MOST_ENTRIES: usize = 32;
-
-/// Entries of the average expert up to which `few_groups.cu` takes less time, dequantising the weights
-/// for each tile of them, than dequantising all beforehand.
-const MOST_GROUPS_ENTRIES: usize = 128;
 
 /// The sources for weights in this format.
 pub(super) fn units(precision: Precision, format: WeightFormat) -> Vec<Unit> {
@@ -228,10 +229,16 @@ impl Few {
         Entries::are_few(count, experts) || (self.takes_sorted(hidden) && are_few)
     }
 
-    /// Whether products with weights that are not quantised are for these kernels: where they are
-    /// faster than cuBLASLt.
-    pub(crate) fn takes_dense(&self) -> bool {
-        self.groups.is_some()
+    /// Whether products of so many rows, of an operand in bf16, are for these kernels: where they are faster
+    /// than cuBLASLt, which takes weights that are dequantised beforehand.
+    pub(crate) fn takes_rows(&self, rows: usize, weight: &Weight) -> bool {
+        let (least, most) = match (weight.packing(), &self.groups) {
+            (Some(_), None) => (1, FEW_ROWS),
+            (Some(_), Some(_)) => (1, MOST_GROUPS_ROWS),
+            (None, None) => return false,
+            (None, Some(_)) => (DENSE_ROWS + 1, FEW_ROWS),
+        };
+        (least..=most).contains(&rows)
     }
 
     /// Whether x is to have a row for every sorted entry of an expert, if it has so many columns.

@@ -5,7 +5,7 @@ use jamba_core::quant::Packing;
 use jamba_core::shape::Shaped;
 use jamba_core::{Result, WeightFormat};
 
-use super::few::{self, Product};
+use super::few::{self, FEW_ROWS, Product};
 use super::grouped;
 use super::tensor_map::{Element, TensorMap};
 use crate::device::{Device, Grid, Kernel};
@@ -129,19 +129,20 @@ impl FewGroups {
         Ok(Some(Self { kernels, clusters }))
     }
 
-    /// A product of up to 64 rows, or of sorted entries, rows of x.
+    /// A product of all rows of x, or of its rows as sorted entries.
     pub(super) fn launch(&self, device: &Device, p: Product<'_>) -> Result<()> {
         let ([all_rows, k], matrix) = (p.weight.shape(), p.weight.matrix()?);
         let found = self.kernels.iter().find(|k| k.packing == matrix.packing);
         let kernels = found.ok_or_else(|| few::unknown(matrix.packing))?;
         let (by_size, size) = match (p.entries, p.is_gated) {
-            (None, false) => (&kernels.linear, p.x.rows),
-            (None, true) => (&kernels.gated, p.x.rows),
+            (None, false) => (&kernels.linear, p.x.rows.min(FEW_ROWS)),
+            (None, true) => (&kernels.gated, p.x.rows.min(FEW_ROWS)),
             (Some(e), false) => (&kernels.expert_linear, e.tile()),
             (Some(e), true) => (&kernels.expert_gated, e.tile()),
         };
         let (variant, n) = (few::variant(size), p.n());
-        let tiles = if p.is_gated { p.ldo.div_ceil(ROWS / 2) } else { n.div_ceil(ROWS) };
+        let across = if p.is_gated { p.ldo.div_ceil(ROWS / 2) } else { n.div_ceil(ROWS) };
+        let tiles = across * p.x.rows.div_ceil(8 << variant);
         let multiprocessors = device.multiprocessors();
         let steps = k.div_ceil(depth(matrix.packing));
         let splits = match p.entries {

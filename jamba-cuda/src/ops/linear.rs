@@ -8,7 +8,7 @@ use jamba_core::Result;
 use jamba_core::shape::Shaped;
 
 use super::cublas::{CublasLt, Product};
-use super::few::{FEW_ROWS, Few};
+use super::few::Few;
 use super::packed::Packed;
 use super::quant::Quant;
 use super::workspace::{Workspace, Workspaces};
@@ -19,7 +19,7 @@ use crate::tensor::{Tensor, View};
 use crate::weight::{Weight, element, padded};
 
 /// Rows of x up to which the weights are read by our own kernel where they are not quantised.
-const DENSE_ROWS: usize = 8;
+pub(super) const DENSE_ROWS: usize = 8;
 
 /// Bytes of the workspace for dequantised weights, unless a single expert takes more.
 pub(crate) const DENSE_BYTES: usize = 512 << 20;
@@ -140,7 +140,7 @@ impl Linear {
         if self.packed.takes(x, weight) {
             return self.packed.linear(device, x, weight, bias, out.ptr());
         }
-        if self.are_few(x.rows, weight) {
+        if self.few.takes_rows(x.rows, weight) {
             let x = self.cast(device, x, &mut w.cast)?;
             return self.few.linear(device, x, weight, bias, out.ptr());
         }
@@ -170,21 +170,9 @@ impl Linear {
         })
     }
 
-    /// Whether so many rows are a product of [`Few`], of an operand in bf16.
-    pub(crate) fn are_few(&self, rows: usize, weight: &Weight) -> bool {
-        let least = if weight.packing().is_some() {
-            1
-        } else if self.few.takes_dense() {
-            DENSE_ROWS + 1
-        } else {
-            return false;
-        };
-        (least..=FEW_ROWS).contains(&rows)
-    }
-
     /// Whether so many rows are a product of cuBLASLt, of operands in bf16.
     pub(crate) fn rounds(&self, rows: usize, weight: &Weight) -> bool {
-        self.precision == Precision::Bf16 && rows > DENSE_ROWS && !self.are_few(rows, weight)
+        self.precision == Precision::Bf16 && rows > DENSE_ROWS && !self.few.takes_rows(rows, weight)
     }
 
     /// `out = x weight^T + bias` through cuBLASLt.

@@ -9,6 +9,7 @@ use jamba_tests::problem::block::{Block, Sizes};
 use jamba_tests::problem::causal_conv1d::CausalConv1d;
 use jamba_tests::problem::forward::Forward;
 use jamba_tests::problem::layer::Layer;
+use jamba_tests::problem::linear::Linear;
 use jamba_tests::problem::mamba_mixer::MambaMixer;
 use jamba_tests::problem::mlp::Mlp;
 use jamba_tests::problem::moe_experts::MoeExperts;
@@ -35,9 +36,12 @@ pub(crate) fn trial() -> Trial {
     })
 }
 
+fn seq(slot: usize, past: usize, len: usize, rows: Rows) -> Sequence {
+    Sequence { slot, past, len, rows }
+}
+
 /// A long prompt, the end of another, a token of a third sequence and none of a fourth.
 fn batch() -> Ragged {
-    let seq = |slot, past, len, rows| Sequence { slot, past, len, rows };
     let seqs = vec![
         seq(2, 0, 197, Rows::Last),
         seq(0, 131, 70, Rows::All),
@@ -112,7 +116,23 @@ pub(crate) fn regressions(precision: Precision, weights: Format) -> String {
         };
         AnyProblem::MoeExperts(sizes)
     };
-    let mut problems = Vec::new();
+    // More rows than a tile of any kernel for few rows has, up to those from which on weights are
+    // dequantised beforehand, and those.
+    let linear = |rows, k, n, seed| {
+        let (beside, pieces, bias) = ([0, 0], 2, true);
+        AnyProblem::Linear(Linear { rows, k, n, beside, pieces, bias, weights, precision, seed })
+    };
+    let rows = Ragged { slots: 2, seqs: vec![seq(0, 0, 61, Rows::All), seq(1, 0, 36, Rows::Last)] };
+    let few = |sizes: &Sizes, seed| Block { batch: rows.clone(), ..block(sizes.clone(), seed) };
+    let mut problems = vec![
+        linear(65, 72, 24, 1),
+        linear(97, 520, 300, 2),
+        linear(128, 2560, 136, 3),
+        linear(192, 136, 72, 4),
+        linear(193, 136, 72, 5),
+        AnyProblem::Mlp(Mlp(few(&even, 4))),
+        AnyProblem::Layer(Layer(few(&wide, 5))),
+    ];
     for (seed, (d_inner, d_state, dt_rank)) in
         (1..).zip([(144, 16, 12), (200, 12, 8), (35, 7, 5), (72, 128, 4)])
     {
