@@ -124,18 +124,18 @@ impl Task<'_> {
         for start in (0..whole).step_by(BLOCK) {
             let mut q = 0;
             while q + TILE_M <= queries {
-                self.block::<S, TILE_M>(s, q, start..start + BLOCK, &mut state, out);
+                self.block::<S, TILE_M, 2>(s, q, start..start + BLOCK, &mut state, out);
                 q += TILE_M;
             }
             while q < queries {
-                self.block::<S, 1>(s, q, start..start + BLOCK, &mut state, out);
+                self.block::<S, 1, 4>(s, q, start..start + BLOCK, &mut state, out);
                 q += 1;
             }
         }
         for q in 0..queries {
             let seen = self.position + q / self.heads + 1;
             for start in (whole..seen).step_by(BLOCK) {
-                self.block::<S, 1>(s, q, start..seen.min(start + BLOCK), &mut state, out);
+                self.block::<S, 1, 4>(s, q, start..seen.min(start + BLOCK), &mut state, out);
             }
             let scale = state[q].total.recip();
             self.query_out(out, q).iter_mut().for_each(|v| *v *= scale);
@@ -149,9 +149,10 @@ impl Task<'_> {
         &mut out.row(q / self.heads)[start..start + self.head_dim]
     }
 
-    /// Adds a block of keys to M queries, from number q on.
+    /// Adds a block of keys to M queries, from number q on; their values in N vectors at a time, so that
+    /// there are enough sums for the latency of an addition.
     #[inline(always)]
-    fn block<S: Simd, const M: usize>(
+    fn block<S: Simd, const M: usize, const N: usize>(
         &self,
         s: S,
         q: usize,
@@ -186,26 +187,58 @@ impl Task<'_> {
             let Softmax { largest, total } = &mut state[q + m];
             shrink[m] = softmax(s, largest, total, &mut scores[m]);
         }
-        let values = &self.values[keys.start * d..keys.end * d];
-        for c in (0..d).step_by(S::LANES) {
-            let width = S::LANES.min(d - c);
-            let load = |v: &[f32]| {
-                if width == S::LANES { s.load(v) } else { s.load_partial(&v[..width]) }
-            };
-            let mut sums = [s.splat(0.0); M];
-            for (m, sum) in sums.iter_mut().enumerate() {
-                let so_far = load(&self.query_out(out, q + m)[c..]);
-                *sum = s.mul(so_far, s.splat(shrink[m]));
+        let mut c = 0;
+        while c + N * S::LANES <= d {
+            self.add_values::<S, M, N, true>(s, (q, c), &keys, shrink, &scores, out);
+            c += N * S::LANES;
+        }
+        while c < d {
+            self.add_values::<S, M, 1, false>(s, (q, c), &keys, shrink, &scores, out);
+            c += S::LANES;
+        }
+    }
+
+    /// `out = shrink out + scores V` in N vectors of columns, from number c on, which are all there where they
+    /// are said to be whole.
+    #[inline(always)]
+    fn add_values<S: Simd, const M: usize, const N: usize, const WHOLE: bool>(
+        &self,
+        s: S,
+        (q, c): (usize, usize),
+        keys: &Range<usize>,
+        shrink: [f32; M],
+        scores: &[[f32; BLOCK]; M],
+        out: &mut Block<'_>,
+    ) {
+        let d = self.head_dim;
+        let load = |row: &[f32], n: usize| match WHOLE {
+            true => s.load(&row[c + n * S::LANES..]),
+            false => s.load_partial(&row[c + n * S::LANES..]),
+        };
+        let mut sums = [[s.splat(0.0); N]; M];
+        for (m, sums) in sums.iter_mut().enumerate() {
+            let so_far = self.query_out(out, q + m);
+            for (n, sum) in sums.iter_mut().enumerate() {
+                *sum = s.mul(load(so_far, n), s.splat(shrink[m]));
             }
-            for (i, values) in values.chunks_exact(d).enumerate() {
-                let v = load(&values[c..]);
-                for (sum, scores) in sums.iter_mut().zip(&scores) {
-                    *sum = s.fma(v, s.splat(scores[i]), *sum);
+        }
+        let values = self.values[keys.start * d..keys.end * d].chunks_exact(d);
+        for (i, value) in values.enumerate() {
+            let mut v = [s.splat(0.0); N];
+            for (n, v) in v.iter_mut().enumerate() {
+                *v = load(value, n);
+            }
+            for (sums, scores) in sums.iter_mut().zip(scores) {
+                let p = s.splat(scores[i]);
+                for (sum, v) in sums.iter_mut().zip(v) {
+                    *sum = s.fma(v, p, *sum);
                 }
             }
-            for (m, sum) in sums.into_iter().enumerate() {
-                let to = &mut self.query_out(out, q + m)[c..c + width];
-                if width == S::LANES { s.store(sum, to) } else { s.store_partial(sum, to) }
+        }
+        for (m, sums) in sums.into_iter().enumerate() {
+            let to = self.query_out(out, q + m);
+            for (n, sum) in sums.into_iter().enumerate() {
+                s.store_partial(sum, &mut to[c + n * S::LANES..]);
             }
         }
     }

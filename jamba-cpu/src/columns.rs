@@ -4,6 +4,7 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
+use crate::simd::dots::prefetch;
 use crate::team;
 
 /// Work below which a second thread is no gain.
@@ -16,6 +17,18 @@ pub(crate) mod parallel {
     pub(crate) const SCAN: usize = 1 << 14;
     /// Elements that are added, multiplied or normed.
     pub(crate) const ELEMENTS: usize = 1 << 15;
+}
+
+/// How many rows later the operands are that are fetched into the cache meanwhile, where some columns of many
+/// rows are read: they are further apart than the machine looks ahead by itself. Not more, as rows that are a
+/// multiple of 4096 bytes apart share few places of the first-level cache.
+pub(crate) const AHEAD: usize = 2;
+
+/// Asks for some columns of a row.
+#[inline(always)]
+pub(crate) fn prefetch_row(values: &[f32]) {
+    const LINE: usize = 16;
+    values.chunks(LINE).for_each(|line| prefetch(line.as_ptr()));
 }
 
 /// A mutable row-major matrix, cut into blocks of columns.

@@ -2,7 +2,7 @@
 
 use jamba_core::Batch;
 
-use crate::columns::{Block, Columns, for_each, parallel};
+use crate::columns::{AHEAD, Block, Columns, for_each, parallel, prefetch_row};
 use crate::simd::{Isa, Simd, silu, with_simd};
 use crate::tensor::View;
 use crate::weight::PAD;
@@ -52,32 +52,29 @@ fn block<S: Simd>(
     // Sequence by sequence, so that what a task has of a state is read in order.
     for run in batch.runs() {
         let slot = run.slot * context;
-        for c in (0..cols.len()).step_by(S::LANES) {
-            let width = S::LANES.min(cols.len() - c);
-            let load = |row: &[f32]| match width == S::LANES {
-                true => s.load(&row[c..]),
-                false => s.load_partial(&row[c..c + width]),
-            };
-            let bias = o.bias.map_or(s.splat(0.0), |b| load(&b[cols.clone()]));
-            // Input number i of the run; the state has those of number -context to -1.
-            let input = |state: &mut Block<'_>, i: usize| match i.checked_sub(context) {
-                Some(t) => load(&o.x.row(first + t)[cols.clone()]),
-                None => load(state.row(slot + i)),
-            };
-            for t in 0..run.len {
-                let mut sum = bias;
+        // Of input number i of the run; the state has those of number -context to -1.
+        let input = |state: &mut Block<'_>, i: usize, c: usize| match i.checked_sub(context) {
+            Some(t) => s.load_partial(&o.x.row(first + t)[cols.clone()][c..]),
+            None => s.load_partial(&state.row(slot + i)[c..]),
+        };
+        for t in 0..run.len {
+            if t + AHEAD < run.len {
+                prefetch_row(&o.x.row(first + t + AHEAD)[cols.clone()]);
+            }
+            for c in (0..cols.len()).step_by(S::LANES) {
+                let mut sum =
+                    o.bias.map_or(s.splat(0.0), |b| s.load_partial(&b[cols.clone()][c..]));
                 for j in 0..=context {
                     let tap = s.load(&o.weight[j * stride + cols.start + c..]);
-                    sum = s.fma(tap, input(state, t + j), sum);
+                    sum = s.fma(tap, input(state, t + j, c), sum);
                 }
-                let y = silu(s, sum);
-                let to = &mut out.row(first + t)[c..c + width];
-                if width == S::LANES { s.store(y, to) } else { s.store_partial(y, to) }
+                s.store_partial(silu(s, sum), &mut out.row(first + t)[c..]);
             }
-            for j in 0..context {
-                let kept = input(state, run.len + j);
-                let to = &mut state.row(slot + j)[c..c + width];
-                if width == S::LANES { s.store(kept, to) } else { s.store_partial(kept, to) }
+        }
+        for j in 0..context {
+            for c in (0..cols.len()).step_by(S::LANES) {
+                let kept = input(state, run.len + j, c);
+                s.store_partial(kept, &mut state.row(slot + j)[c..]);
             }
         }
         first += run.len;

@@ -39,10 +39,6 @@ pub(crate) fn silu_mul(isa: Isa, gate: &[f32], up: &[f32], out: &mut Block<'_>) 
 fn silu_mul_row<S: Simd>(s: S, gate: &[f32], up: &[f32], out: &mut [f32]) {
     let lanes = gate.chunks(S::LANES).zip(up.chunks(S::LANES)).zip(out.chunks_mut(S::LANES));
     for ((gate, up), out) in lanes {
-        if out.len() == S::LANES {
-            s.store(s.mul(silu(s, s.load(gate)), s.load(up)), out);
-        } else {
-            s.store_partial(s.mul(silu(s, s.load_partial(gate)), s.load_partial(up)), out);
-        }
+        s.store_partial(s.mul(silu(s, s.load_partial(gate)), s.load_partial(up)), out);
     }
 }

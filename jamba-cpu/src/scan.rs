@@ -2,7 +2,7 @@
 
 use jamba_core::Batch;
 
-use crate::columns::{Block, Columns, for_each, parallel};
+use crate::columns::{AHEAD, Block, Columns, for_each, parallel, prefetch_row};
 use crate::simd::{Isa, Simd, exp2, silu, softplus, with_simd};
 use crate::tensor::View;
 use crate::weight::PAD;
@@ -57,91 +57,37 @@ pub(crate) fn selective_scan(
 
 #[inline(always)]
 fn block<S: Simd>(s: S, o: &Operands<'_>, batch: &Batch, state: &mut Block<'_>, y: &mut Block<'_>) {
-    // The states of LANES channels stay in registers where there are 16, the usual number.
-    if o.b.cols == 16 {
-        states::<S, 16>(s, o, batch, state, y);
-    } else {
-        states::<S, 1>(s, o, batch, state, y);
-    }
-}
-
-/// All channels of a block, N states of each at a time.
-#[inline(always)]
-fn states<S: Simd, const N: usize>(
-    s: S,
-    o: &Operands<'_>,
-    batch: &Batch,
-    state: &mut Block<'_>,
-    y: &mut Block<'_>,
-) {
-    let cols = y.cols();
-    let d_state = o.b.cols;
-    let first_state = state.cols().start;
+    let (cols, d_state) = (y.cols(), o.b.cols);
+    let (a, _) = o.a[state.cols()].as_chunks::<PAD>();
     let mut first = 0;
     for run in batch.runs() {
-        let states = state.row(run.slot);
-        for c in (0..cols.len()).step_by(S::LANES) {
-            let width = S::LANES.min(cols.len() - c);
-            let at = cols.start + c..cols.start + c + width;
-            let load = |row: &[f32]| {
-                if width == S::LANES { s.load(row) } else { s.load_partial(row) }
-            };
-            let (d, dt_bias) = (load(&o.d[at.clone()]), load(&o.dt_bias[at.clone()]));
-            // State number n of these channels, counted from the first of the block.
-            let of = |n: usize| (c / PAD * d_state + n) * PAD + c % PAD;
-            if run.len == 1 {
-                // A state is read and written once: it needs no register of its own.
-                let x = load(&o.x.row(first)[at.clone()]);
-                let dt = softplus(s, s.add(load(&o.dt.row(first)[at.clone()]), dt_bias));
-                let dt_x = s.mul(dt, x);
-                let dt = s.mul(dt, s.splat(std::f32::consts::LOG2_E));
-                let mut sum = s.mul(d, x);
-                for (n, (b, c)) in o.b.row(first).iter().zip(o.c.row(first)).enumerate() {
-                    let decay = exp2(s, s.mul(dt, s.load(&o.a[first_state + of(n)..])));
-                    let state = &mut states[of(n)..];
-                    let h = s.fma(decay, s.load(state), s.mul(dt_x, s.splat(*b)));
-                    sum = s.fma(h, s.splat(*c), sum);
-                    s.store(h, state);
+        let (states, _) = state.row(run.slot).as_chunks_mut::<PAD>();
+        for t in first..first + run.len {
+            if t + AHEAD < first + run.len {
+                for operand in [&o.x, &o.dt, &o.z] {
+                    prefetch_row(&operand.row(t + AHEAD)[cols.clone()]);
                 }
-                sum = s.mul(sum, silu(s, load(&o.z.row(first)[at.clone()])));
-                let out = &mut y.row(first)[c..c + width];
-                if width == S::LANES {
-                    s.store(sum, out)
-                } else {
-                    s.store_partial(sum, out)
-                }
-                continue;
             }
-            for n0 in (0..d_state).step_by(N) {
-                let mut a = [s.splat(0.0); N];
-                let mut h = [s.splat(0.0); N];
-                for n in 0..N {
-                    a[n] = s.load(&o.a[first_state + of(n0 + n)..]);
-                    h[n] = s.load(&states[of(n0 + n)..]);
+            let y = y.row(t);
+            for c in (0..cols.len()).step_by(S::LANES) {
+                let load = |row: &[f32]| s.load_partial(&row[cols.clone()][c..]);
+                let x = load(o.x.row(t));
+                let dt = softplus(s, s.add(load(o.dt.row(t)), load(o.dt_bias)));
+                let dt_x = s.mul(dt, x);
+                // exp(dt A) as a power of two.
+                let dt = s.mul(dt, s.splat(std::f32::consts::LOG2_E));
+                let mut sum = s.mul(load(o.d), x);
+                // Where the states of these channels are. Past the last channel they are zero, and stay so.
+                let (group, lane) = (c / PAD * d_state..(c / PAD + 1) * d_state, c % PAD);
+                let of_each = a[group.clone()].iter().zip(&mut states[group]);
+                for ((a, h), (b, c)) in of_each.zip(o.b.row(t).iter().zip(o.c.row(t))) {
+                    let (a, h) = (&a[lane..], &mut h[lane..]);
+                    let decay = exp2(s, s.mul(dt, s.load(a)));
+                    let new = s.fma(decay, s.load(h), s.mul(dt_x, s.splat(*b)));
+                    sum = s.fma(new, s.splat(*c), sum);
+                    s.store(new, h);
                 }
-                for t in first..first + run.len {
-                    let x = load(&o.x.row(t)[at.clone()]);
-                    let dt = softplus(s, s.add(load(&o.dt.row(t)[at.clone()]), dt_bias));
-                    let dt_x = s.mul(dt, x);
-                    // exp(dt A) as a power of two.
-                    let dt = s.mul(dt, s.splat(std::f32::consts::LOG2_E));
-                    let (b_row, c_row) = (&o.b.row(t)[n0..n0 + N], &o.c.row(t)[n0..n0 + N]);
-                    let out = &mut y.row(t)[c..c + width];
-                    let mut sum = if n0 == 0 { s.mul(d, x) } else { load(out) };
-                    for (((h, a), b), c) in h.iter_mut().zip(&a).zip(b_row).zip(c_row) {
-                        let decay = exp2(s, s.mul(dt, *a));
-                        *h = s.fma(decay, *h, s.mul(dt_x, s.splat(*b)));
-                        sum = s.fma(*h, s.splat(*c), sum);
-                    }
-                    if n0 + N == d_state {
-                        sum = s.mul(sum, silu(s, load(&o.z.row(t)[at.clone()])));
-                    }
-                    if width == S::LANES { s.store(sum, out) } else { s.store_partial(sum, out) }
-                }
-                // Past the last channel they are zero, and stay so.
-                for (n, h) in h.into_iter().enumerate() {
-                    s.store(h, &mut states[of(n0 + n)..]);
-                }
+                s.store_partial(s.mul(sum, silu(s, load(o.z.row(t)))), &mut y[c..]);
             }
         }
         first += run.len;

@@ -83,9 +83,12 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         self.sum4([a; 4])[0]
     }
 
-    /// As [`load`](Self::load), zero past the end.
+    /// As [`load`](Self::load), zero past the end where there are fewer.
     #[inline(always)]
     fn load_partial(self, v: &[f32]) -> Self::F {
+        if v.len() >= Self::LANES {
+            return self.load(v);
+        }
         let mut padded = [0.0; 16];
         padded[..v.len()].copy_from_slice(v);
         self.load(&padded)
@@ -94,6 +97,9 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// As [`store`](Self::store), as many as fit.
     #[inline(always)]
     fn store_partial(self, v: Self::F, to: &mut [f32]) {
+        if to.len() >= Self::LANES {
+            return self.store(v, to);
+        }
         let mut padded = [0.0; 16];
         self.store(v, &mut padded);
         to.copy_from_slice(&padded[..to.len()]);
