@@ -29,6 +29,10 @@ pub(crate) const AHEAD: usize = 2;
 pub(crate) fn prefetch_row(values: &[f32]) {
     const LINE: usize = 16;
     values.chunks(LINE).for_each(|line| prefetch(line.as_ptr()));
+    // Where the row does not begin with a line.
+    if let Some(last) = values.last() {
+        prefetch(last);
+    }
 }
 
 /// A mutable row-major matrix, cut into blocks of columns.

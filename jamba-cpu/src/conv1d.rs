@@ -52,7 +52,7 @@ fn block<S: Simd>(
     // Sequence by sequence, so that what a task has of a state is read in order.
     for run in batch.runs() {
         let slot = run.slot * context;
-        // Of input number i of the run; the state has those of number -context to -1.
+        // Of inputs counted from the oldest that the state has.
         let input = |state: &mut Block<'_>, i: usize, c: usize| match i.checked_sub(context) {
             Some(t) => s.load_partial(&o.x.row(first + t)[cols.clone()][c..]),
             None => s.load_partial(&state.row(slot + i)[c..]),

@@ -103,12 +103,17 @@ fn shared() -> Option<&'static ThreadPool> {
         return None;
     }
     let name = |index| format!("jamba-cpu-{index}");
-    // More threads than this would be made for one step after another to wait for.
-    let most = 4 * std::thread::available_parallelism().map_or(64, NonZeroUsize::get);
-    let asked = std::env::var("RAYON_NUM_THREADS").ok().and_then(|n| n.parse().ok());
-    let threads = asked.unwrap_or(0).min(most);
+    let asked = std::env::var("RAYON_NUM_THREADS").ok();
+    let cores = std::thread::available_parallelism().map_or(16, NonZeroUsize::get);
+    let threads = threads(asked.as_deref(), cores);
     let build = || ThreadPoolBuilder::new().num_threads(threads).thread_name(name).build().ok();
     POOL.get_or_init(build).as_ref()
+}
+
+/// As many threads as are asked for, but four a core at most: each step would wait for more. 0 leaves it to
+/// rayon.
+fn threads(asked: Option<&str>, cores: usize) -> usize {
+    asked.and_then(|n| n.parse().ok()).unwrap_or(0).min(4 * cores)
 }
 
 /// Calls `f` with every number below `tasks`: on several threads inside of [`lead`], on this one
@@ -216,6 +221,12 @@ fn wait(spins: &mut u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn threads_are_those_asked_for_up_to_four_a_core() {
+        let asked = [None, Some(""), Some("many"), Some("0"), Some("1"), Some("8"), Some("10000")];
+        assert_eq!(asked.map(|asked| threads(asked, 2)), [0, 0, 0, 0, 1, 8, 8]);
+    }
 
     #[test]
     fn every_task_is_done_once_before_a_region_ends() {

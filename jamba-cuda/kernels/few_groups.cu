@@ -1,7 +1,7 @@
 // Products of few rows of x with a matrix on the tensor cores of sm_90a: each weight is read once for
 // up to 64 of them, by the copy engine, and dequantised on its way from shared memory to the tensor
 // cores.
-// few.cu is for other cards.
+// few.cu is for other cards, and for experts of widths that are no multiple of 8.
 //
 //   linear_*         out = x W^T + bias
 //   gated_*          out = silu(x W_gate^T) * (x W_up^T), W = [W_gate; W_up]

@@ -1,4 +1,4 @@
-// out (rows, n) = x (rows, k) W (n, k)^T + bias (n), for few rows (few.cu: of quantised W);
+// out (rows, n) = x (rows, k) W (n, k)^T + bias (n), for few rows (of quantised W: packed.cu, few.cu);
 // and what cuBLASLt needs around it for more.
 //
 // linear_ROWS_OUTPUTS_WARPS  up to ROWS rows of x, OUTPUTS rows of W per WARPS warps, W read once

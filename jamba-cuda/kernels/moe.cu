@@ -8,11 +8,11 @@
 // moe_route    chooses; of equal logits the lower expert
 // moe_sort     entries by expert, then number, without atomics: the same order every time
 // moe_gate_up_rows, moe_down_rows    few tokens: a warp per column, the weights of an expert are
-//                                    read for every entry (quantised ones: expert_* of few.cu)
+//                                    read for every entry (quantised ones: packed.cu)
 // moe_gate_up_*, moe_down_*          many tokens: tiles of the entries of one expert, tensor cores
 //                                    in bf16 (moe_tiles.cu), CUDA cores in f32
-// moe_gather_* bf16: the rows of x by sorted entry, for the products of sm_90a (grouped.cu), which
-//              give those of the entries in bf16, times p
+// moe_gather_* bf16: the rows of x by sorted entry, for the products of sm_90a: few_groups.cu, and
+//              grouped.cu, which gives those of the entries in bf16, times p
 // moe_combine, moe_combine_bf16      out from the products of the entries
 //
 // Layout: logits (tokens, experts), p and expert (entries), x (tokens, hidden) f32; gate_up

@@ -112,7 +112,7 @@ pub(crate) fn mlp(
         s.block_out.resize("mlp", rows)?;
         let (x, inter) = (View::from(&normed), s.act.cols());
         let ld = inter.next_multiple_of(8);
-        let ptr = workspaces.act.reserve(&b.device, 4 * rows * ld)?;
+        let ptr = workspaces.act.reserve(&b.device, 2 * rows * ld)?;
         let x = b.linear.cast(&b.device, x, &mut workspaces.cast)?;
         let act = Operand { ptr, rows, ld: ld as u32 };
         b.linear.few.gated(&b.device, x, &w.gate_up_proj, act)?;

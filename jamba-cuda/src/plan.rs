@@ -9,7 +9,7 @@ use jamba_core::{Config, Limits, Role, WeightFormat, memory};
 use crate::error::{Error, Result};
 use crate::ops::few::{Entries, FEW_ROWS, MOST_GROUPS_ROWS};
 use crate::ops::linear::DENSE_BYTES;
-use crate::ops::{attention_step, cublas, moe, sample};
+use crate::ops::{attention_step, cublas, moe, packed, sample};
 use crate::options::Precision;
 use crate::state;
 use crate::weight;
@@ -50,7 +50,7 @@ impl Plan {
             state: slots
                 .saturating_mul(sequence_bytes(config, limits.context, precision))
                 .saturating_add(staged),
-            scratch: scratch(config, limits),
+            scratch: memory::scratch_bytes(config, limits),
             workspaces: workspaces(config, limits, precision, format)
                 .into_iter()
                 .fold(0, |sum, bytes| sum.saturating_add(bytes as u64)),
@@ -105,25 +105,6 @@ pub(crate) fn sequence_bytes(config: &Config, positions: usize, precision: Preci
     kv.saturating_add(memory::mamba_state_bytes(config, 4))
 }
 
-/// Bytes of a [`Scratch`](jamba_core::Scratch): its tensors, all f32.
-fn scratch(config: &Config, limits: &Limits) -> u64 {
-    let (hidden, d_inner) = (config.hidden_size, config.d_inner());
-    let of_token = 3 * hidden
-        + 2 * d_inner
-        + d_inner
-        + config.mamba_dt_rank
-        + 2 * config.mamba_d_state
-        + 2 * d_inner
-        + config.q_width()
-        + 2 * config.kv_width()
-        + config.q_width()
-        + config.num_experts
-        + 3 * config.intermediate_size;
-    let of_output = 2 * hidden + config.vocab_size;
-    let bytes = |rows: usize, of_row: usize| (rows as u64).saturating_mul(4 * of_row as u64);
-    bytes(limits.tokens, of_token).saturating_add(bytes(limits.outputs, of_output))
-}
-
 /// Bytes of the workspaces for steps within limits: operand of a product, parts of attention,
 /// routes, activations and results of the experts, choice of tokens, dequantised weights, workspace of
 /// cuBLASLt.
@@ -152,8 +133,9 @@ pub(crate) fn workspaces(
         [0; 4]
     };
     let cast = cast.max(sorted);
-    // Those of an MLP of few rows, in f32 or in bf16.
-    let few = 4 * tokens.min(MOST_GROUPS_ROWS) * inter.next_multiple_of(8);
+    // Those of an MLP of few rows, in bf16, or in f32 of as many as are multiplied on CUDA cores.
+    let few = (2 * tokens.min(MOST_GROUPS_ROWS)).max(4 * tokens.min(packed::MOST_ROWS));
+    let few = few * inter.next_multiple_of(8);
     // A token for each sequence, however many rows of logits a step has.
     let chosen = sample::workspace_bytes(limits.slots.min(limits.outputs), config.vocab_size);
     let dense = dense(config, limits, precision, format);

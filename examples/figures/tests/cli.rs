@@ -92,13 +92,20 @@ fn memory_is_that_of_the_paper() {
 #[test]
 fn bad_input_is_refused() {
     let refused = |args: &[&str], part: &str| {
-        let Output { status, stderr, .. } = figures().args(args).output().unwrap();
+        let Output { status, stdout, stderr } = figures().args(args).output().unwrap();
         let err = String::from_utf8(stderr).unwrap();
         assert_eq!(status.code(), Some(2), "{err}");
+        assert!(stdout.is_empty(), "something was measured before: {err}");
         assert!(err.contains(part), "`{part}` is not in: {err}");
     };
     refused(&["--presets", "gpt-2"], "llama-2-70b");
     refused(&["--batches", "0"], "--batches");
     refused(&["--only", "speed"], "memory");
     refused(&["--only", "memory", "--output", "/dev/null/figures"], "/dev/null");
+    let presets = "jamba-tales-11m,jamba-tales-11m";
+    let json = "/dev/null/figures.json";
+    let folder = tempfile::tempdir().unwrap();
+    let output = ["--output", folder.path().to_str().unwrap(), "--json", json];
+    let args = [&["--presets", presets, "--only", "batch"][..], &output].concat();
+    refused(&args, json);
 }

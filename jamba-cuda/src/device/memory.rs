@@ -163,7 +163,7 @@ impl Buffer {
         range.start + guard..range.end + guard
     }
 
-    /// Whether the bytes around the allocation are as they were. A device that fails is not asked.
+    /// Whether the bytes around the allocation are as they were, as far as the device can tell.
     fn is_intact(&self, stream: &Arc<CudaStream>) -> bool {
         let after = GUARD + self.bytes;
         [0..GUARD, after..after + GUARD].into_iter().all(|range| {

@@ -1,5 +1,5 @@
-//! Launches `kernels/linear.cu`, `kernels/packed.cu` and `kernels/few.cu`, and cuBLASLt for more
-//! than a few rows.
+//! Products by whichever kernels are for so many rows and weights kept so: `kernels/linear.cu`, which it
+//! launches itself, `packed.cu`, `few.cu`, `few_groups.cu`, or cuBLASLt for more than a few rows.
 #![allow(unsafe_code, reason = "launches kernels")]
 
 use std::sync::{Mutex, PoisonError};

@@ -1,5 +1,6 @@
 //! The experts: routing, then products by whichever kernels are for so many tokens and weights kept
-//! so ([`Way`]), of `kernels/moe.cu`, `moe_tiles.cu`, `grouped.cu`, `few.cu` or `packed.cu`.
+//! so ([`Way`]), of `kernels/moe.cu`, `moe_tiles.cu`, `grouped.cu`, `few.cu`, `few_groups.cu` or
+//! `packed.cu`.
 
 mod many;
 mod route;

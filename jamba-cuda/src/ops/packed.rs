@@ -13,9 +13,10 @@ use crate::tensor::View;
 use crate::weight::{Matrix, Weight};
 
 /// Rows of x up to which weights are multiplied on CUDA cores: as long as that is faster.
+pub(crate) const MOST_ROWS: usize = 4;
 fn most_rows(packing: Packing) -> usize {
     match packing {
-        Packing::Int8Row | Packing::Int8Block => 4,
+        Packing::Int8Row | Packing::Int8Block => MOST_ROWS,
         Packing::Int4Block => 2,
     }
 }

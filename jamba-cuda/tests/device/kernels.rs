@@ -42,7 +42,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         for precision in [Precision::F32, Precision::Bf16] {
             for (name, config) in configs() {
                 let run = move || {
-                    // Of all formats, which differ in one source.
+                    // Of all formats, for each of which some sources are specialised.
                     let all = WeightFormat::ALL
                         .map(|format| compile(&config, precision, format, arch, &cache()));
                     let compiled: Vec<_> = all.into_iter().collect::<Result<Vec<_>, _>>()?.concat();

@@ -130,6 +130,9 @@ pub(crate) fn regressions(precision: Precision, weights: Format) -> String {
         linear(128, 2560, 136, 3),
         linear(192, 136, 72, 4),
         linear(193, 136, 72, 5),
+        // More tiles than a card runs at a time.
+        linear(130, 72, 9000, 6),
+        AnyProblem::Mlp(Mlp(few(&Sizes { inter: 4600, ..even.clone() }, 3))),
         AnyProblem::Mlp(Mlp(few(&even, 4))),
         AnyProblem::Layer(Layer(few(&wide, 5))),
     ];

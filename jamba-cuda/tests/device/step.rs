@@ -29,6 +29,7 @@ pub(crate) fn trials(precision: Precision) -> Vec<Trial> {
         };
         trial("graph_equals_eager", graph_equals_eager);
         trial("decode_as_prompt", decode_as_prompt);
+        trial("many_graphs", many_graphs);
     }
     trials
 }

@@ -1,5 +1,5 @@
-//! Many tokens of bf16 on Hopper: what the products of `kernels/grouped.cu` need around them, of
-//! `kernels/moe.cu`.
+//! Sorted tokens of bf16 on Hopper: what the products of `kernels/grouped.cu`, and of
+//! `kernels/few_groups.cu` before them, need around them, of `kernels/moe.cu`.
 #![allow(unsafe_code, reason = "launches kernels")]
 
 use jamba_core::Result;
