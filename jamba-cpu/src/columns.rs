@@ -20,8 +20,7 @@ pub(crate) mod parallel {
 }
 
 /// How many rows later the operands are that are fetched into the cache meanwhile, where some columns of many
-/// rows are read: they are further apart than the machine looks ahead by itself. Not more, as rows that are a
-/// multiple of 4096 bytes apart share few places of the first-level cache.
+/// rows are read: they are further apart than the machine looks ahead by itself.
 pub(crate) const AHEAD: usize = 2;
 
 /// Asks for some columns of a row.
