@@ -1,7 +1,7 @@
 //! Whatever a client, a reader or a backend does: the others are served, and everybody hears of the
 //! end.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Wake, Waker};
 use std::time::{Duration, Instant};
@@ -56,6 +56,19 @@ fn scripted(
     let config = Config::from_folder(folder(name)).unwrap();
     let checkpoint = Checkpoint::open(folder(name)).unwrap();
     (Model::new(config, &checkpoint, backend).unwrap(), sizes)
+}
+
+/// A model whose first step waits until it is let go.
+fn held(name: &str) -> (Model<Scripted>, Arc<AtomicBool>) {
+    let go = Arc::new(AtomicBool::new(false));
+    let let_go = go.clone();
+    let (model, _) = scripted(name, move |step| {
+        while step == 0 && !let_go.load(Ordering::Relaxed) {
+            std::thread::yield_now();
+        }
+        Ok(())
+    });
+    (model, go)
 }
 
 fn requests(n: u32, max_tokens: usize) -> Vec<Request> {
@@ -137,7 +150,7 @@ impl<F: Fn() + Send + Sync + 'static> Wake for Call<F> {
 
 #[test]
 fn a_waker_that_panics_is_no_reason_to_end() {
-    let model = golden("pure-mamba");
+    let (model, go) = held("pure-mamba");
     let engine = Engine::new(&model, &tokenizer(), EngineOptions { slots: 1, ..SMALL }).unwrap();
     let called = Arc::new(AtomicUsize::new(0));
     let count = called.clone();
@@ -147,9 +160,10 @@ fn a_waker_that_panics_is_no_reason_to_end() {
     })));
     let [first, second] = &requests(2, 40)[..] else { panic!() };
     let mut stream = engine.submit(first.clone()).unwrap();
+    assert!(stream.poll_next(&mut Context::from_waker(&waker)).is_pending());
+    go.store(true, Ordering::Relaxed);
     let start = Instant::now();
     while called.load(Ordering::Relaxed) == 0 {
-        let _ = stream.poll_next(&mut Context::from_waker(&waker));
         assert!(start.elapsed() < Duration::from_secs(20), "it was never woken");
     }
     let other = engine.submit(second.clone()).unwrap();
@@ -160,12 +174,13 @@ fn a_waker_that_panics_is_no_reason_to_end() {
 #[test]
 fn an_engine_can_be_shut_down_from_anywhere() {
     returns(|| {
-        let model = golden("pure-mamba");
+        let (model, go) = held("pure-mamba");
         let engine = Engine::new(&model, &tokenizer(), SMALL).unwrap();
         let end = engine.clone();
         let waker = Waker::from(Arc::new(Call(move || end.shutdown())));
         let mut stream = engine.submit(requests(1, 30).remove(0)).unwrap();
-        while !stream.poll_next(&mut Context::from_waker(&waker)).is_pending() {}
+        assert!(stream.poll_next(&mut Context::from_waker(&waker)).is_pending());
+        go.store(true, Ordering::Relaxed);
         // Everybody who shuts it down waits for the end.
         std::thread::scope(|scope| {
             for _ in 0..3 {
