@@ -44,10 +44,13 @@ pub trait ParamSource {
 /// The tensors of a model folder.
 ///
 /// Files are mapped, not read: opening costs the headers, and a backend that keeps parameters as
-/// they are stored shares the page cache with everyone else who has the file open. A file that is
-/// truncated by someone else *while it is mapped* ends the process (SIGBUS) where the lost part is
-/// read: replace model files by renaming, do not write into them. A file that is too short already
-/// when a tensor is [asked for](Self::tensor) is an error.
+/// they are stored shares the page cache with everyone else who has the file open. On Linux tensors
+/// that are not there yet come some MiB at a time, in large pages where the file system has them
+/// (`MADV_HUGEPAGE`).
+///
+/// A file that is truncated by someone else *while it is mapped* ends the process (SIGBUS) where the
+/// lost part is read: replace model files by renaming, do not write into them. A file that is too
+/// short already when a tensor is [asked for](Self::tensor) is an error.
 ///
 /// ```
 /// use jamba_core::{Checkpoint, Dtype};
@@ -170,6 +173,10 @@ impl Checkpoint {
             let reason = if pointer { LFS_POINTER.into() } else { e.to_string() };
             Error::Safetensors { path: path.clone(), reason }
         })?;
+        // The tensors are read each as a whole, but for single rows of the embedding: in large pages,
+        // where the file system has them. Advice.
+        #[cfg(target_os = "linux")]
+        drop(map.advise(memmap2::Advice::HugePage));
         let data = 8 + header;
         let shard = self.shards.len();
         let stored = metadata.tensors().into_iter().map(|(name, info)| {

@@ -16,6 +16,8 @@ use crate::schedule::{MixerKind, Schedule};
 use crate::shape::{self, Shaped};
 use crate::tensor::{Param, Role};
 
+pub use crate::pages::Pages;
+
 /// Zeros of the product of `sizes`; pages that are never written take no memory.
 ///
 /// # Errors

@@ -115,6 +115,7 @@ pub mod hub;
 pub mod logprobs;
 pub mod memory;
 pub mod model;
+mod pages;
 pub mod precision;
 pub mod preset;
 pub mod progress;

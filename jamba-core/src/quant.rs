@@ -67,6 +67,7 @@ use std::str::FromStr;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
+use crate::pages::Pages;
 use crate::tensor::{Dtype, Param, Role};
 
 pub use block::INT4_STEPS;
@@ -229,9 +230,9 @@ pub enum Scales<'a> {
 pub struct Quantized {
     packing: Packing,
     shape: [usize; 2],
-    quants: Lines,
-    row_scales: Vec<f32>,
-    block_scales: Vec<u16>,
+    quants: Pages<u8>,
+    row_scales: Pages<f32>,
+    block_scales: Pages<u16>,
 }
 
 impl Quantized {
@@ -252,24 +253,21 @@ impl Quantized {
             return Err(Error::Shape { op: "quantise", what: "parts", expected, got });
         }
         let (stride, scales) = (packing.stride(cols), packing.scales(cols));
+        let by_row = packing == Packing::Int8Row;
         let mut all = Self {
             packing,
             shape,
-            quants: Lines::zeros(rows * stride)?,
-            row_scales: Vec::new(),
-            block_scales: Vec::new(),
+            quants: zeros(rows * stride)?,
+            row_scales: zeros(if by_row { rows } else { 0 })?,
+            block_scales: zeros(if by_row { 0 } else { rows * scales })?,
         };
-        match packing {
-            Packing::Int8Row => all.row_scales = zeros(rows)?,
-            Packing::Int8Block | Packing::Int4Block => all.block_scales = zeros(rows * scales)?,
-        }
         if rows * cols == 0 {
             return Ok(all);
         }
         let mut first = 0;
         for part in &param.parts {
             let rows = elements(part) / cols;
-            let quants = &mut all.quants.get_mut()[first * stride..(first + rows) * stride];
+            let quants = &mut all.quants[first * stride..(first + rows) * stride];
             let quants = quants.par_chunks_mut(stride).enumerate();
             // Filled up with zeros to whole blocks.
             let buffer = || vec![0.0; cols.next_multiple_of(BLOCK)];
@@ -325,7 +323,7 @@ impl Quantized {
 
     /// The quants of all rows, each [`stride`](Packing::stride) bytes; on a boundary of 64 bytes.
     pub fn quants(&self) -> &[u8] {
-        self.quants.get()
+        &self.quants
     }
 
     /// The scales of all rows, [`Packing::scales`] each.
@@ -405,35 +403,6 @@ impl fmt::Debug for Quantized {
 /// Writes the quants of a block, and returns the bits of its scale.
 type Quantize = fn(&[f32; BLOCK], &mut [u8]) -> u16;
 
-/// Bytes on a boundary of 64: a cache line, and the widest vector.
-struct Lines {
-    bytes: Vec<u8>,
-    start: usize,
-    len: usize,
-}
-
-impl Lines {
-    fn zeros(len: usize) -> Result<Self> {
-        // Longer than needed, to begin where the boundary is; never grown, hence never moved.
-        let bytes: Vec<u8> = zeros(len + 63)?;
-        let start = bytes.as_ptr().align_offset(64);
-        Ok(Self { bytes, start, len })
-    }
-
-    fn get(&self) -> &[u8] {
-        &self.bytes[self.start..self.start + self.len]
-    }
-
-    fn get_mut(&mut self) -> &mut [u8] {
-        &mut self.bytes[self.start..self.start + self.len]
-    }
-}
-
-fn zeros<T: bytemuck::Zeroable>(len: usize) -> Result<Vec<T>> {
-    let bytes = (len * size_of::<T>()) as u64;
-    bytemuck::allocation::try_zeroed_vec(len).map_err(|()| Error::Memory {
-        what: "quantised weights",
-        bytes,
-        available: None,
-    })
+fn zeros<T: bytemuck::Pod>(len: usize) -> Result<Pages<T>> {
+    Pages::zeros("quantised weights", len)
 }

@@ -90,30 +90,22 @@ impl Draw {
         Self { state: self.state.wrapping_add(Self::STEP.wrapping_mul(n as u64)), ..self }
     }
 
-    /// The first `n` values.
-    pub(crate) fn values<T: Copy + Default + Send>(
-        self,
-        n: usize,
-        to: impl Fn(f32) -> T + Sync,
-    ) -> Vec<T> {
-        filled(n, &Random { state: self.state }, |r| to(self.scale * r.normal()))
+    /// The first values, one for each of `to`.
+    pub(crate) fn fill<T: Send>(self, to: &mut [T], form: impl Fn(f32) -> T + Sync) {
+        fill(to, &Random { state: self.state }, |r| form(self.scale * r.normal()));
     }
 }
 
-/// `n` values, one draw each, from `random` on. Parts of a large matrix are drawn by threads of
-/// their own: billions of weights should not take minutes.
-fn filled<T: Copy + Default + Send>(
-    n: usize,
-    random: &Random,
-    draw: impl Fn(&mut Random) -> T + Sync,
-) -> Vec<T> {
+/// One draw each, from `random` on. Parts of a large matrix are drawn by threads of their own:
+/// billions of weights should not take minutes.
+fn fill<T: Send>(to: &mut [T], random: &Random, draw: impl Fn(&mut Random) -> T + Sync) {
     const LEAST: usize = 1 << 16;
     let threads = || std::thread::available_parallelism().map_or(1, |n| n.get());
     // To ask for the threads takes longer than a few values.
+    let n = to.len();
     let part = if n <= LEAST { LEAST } else { n.div_ceil(threads()).max(LEAST) };
-    let mut values = vec![T::default(); n];
     std::thread::scope(|scope| {
-        for (i, values) in values.chunks_mut(part).enumerate() {
+        for (i, values) in to.chunks_mut(part).enumerate() {
             let draw = &draw;
             let mut fill = move || {
                 let mut random = random.skip(i * part);
@@ -122,7 +114,6 @@ fn filled<T: Copy + Default + Send>(
             if n <= part { fill() } else { drop(scope.spawn(fill)) }
         }
     });
-    values
 }
 
 const STEP: u64 = Draw::STEP;
@@ -194,7 +185,9 @@ mod tests {
         let n = (1 << 18) + 5;
         let mut one = random.skip(0);
         let expected: Vec<u64> = (0..n).map(|_| one.next()).collect();
-        assert_eq!(filled(n, &random, Random::next), expected);
+        let mut filled = vec![0; n];
+        fill(&mut filled, &random, Random::next);
+        assert_eq!(filled, expected);
     }
 
     #[test]

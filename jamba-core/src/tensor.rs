@@ -1,11 +1,13 @@
 //! Parameters on the host: typed bytes, mapped from a file or owned.
 
+use std::alloc::{Layout, handle_alloc_error};
 use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use half::{bf16, f16};
 
+use crate::pages::Pages;
 use crate::random::Draw;
 
 /// Element type of a stored parameter.
@@ -66,7 +68,7 @@ pub struct HostTensor {
 enum Elements {
     Stored(Owner, Range<usize>),
     /// All of them once somebody has asked for all.
-    Drawn(Draw, Arc<OnceLock<Self>>),
+    Drawn(Draw, Arc<OnceLock<Pages<u8>>>),
 }
 
 impl HostTensor {
@@ -138,13 +140,17 @@ impl HostTensor {
 
     /// The elements as they are stored, little-endian.
     pub fn bytes(&self) -> &[u8] {
-        let mut elements = &self.elements;
-        if let Elements::Drawn(draw, all) = elements {
-            elements = all.get_or_init(|| self.part(*draw, 0..self.len()).elements);
-        }
-        match elements {
+        match &self.elements {
             Elements::Stored(owner, bytes) => &(**owner).as_ref()[bytes.clone()],
-            Elements::Drawn(..) => &[],
+            Elements::Drawn(draw, all) => all.get_or_init(|| {
+                let bytes = self.len() * self.dtype.size();
+                let layout = Layout::array::<u8>(bytes).unwrap_or(Layout::new::<u8>());
+                // Without memory it ends as a vector does.
+                let pages = Pages::zeros("random weights", bytes);
+                let mut all = pages.unwrap_or_else(|_| handle_alloc_error(layout));
+                self.draw_into(*draw, &mut all);
+                all
+            }),
         }
     }
 
@@ -156,7 +162,9 @@ impl HostTensor {
         match &self.elements {
             Elements::Drawn(draw, all) if all.get().is_none() => {
                 assert!(elements.end <= self.len(), "{elements:?} of {}", self.len());
-                Cow::Owned(self.part(*draw, elements).bytes().to_vec())
+                let mut bytes = vec![0; elements.len() * self.dtype.size()];
+                self.draw_into(draw.skip(elements.start), &mut bytes);
+                Cow::Owned(bytes)
             }
             _ => {
                 let size = self.dtype.size();
@@ -165,21 +173,12 @@ impl HostTensor {
         }
     }
 
-    /// Elements of these numbers, drawn.
-    fn part(&self, draw: Draw, elements: Range<usize>) -> Self {
-        let (n, draw) = (elements.len(), draw.skip(elements.start));
+    /// Draws as many elements as fit.
+    fn draw_into(&self, draw: Draw, to: &mut [u8]) {
         match self.dtype {
-            Dtype::F32 => Self::from_f32(vec![n], draw.values(n, |v| v)),
-            Dtype::F16 => Self::from_halves(
-                self.dtype,
-                vec![n],
-                draw.values(n, |v| f16::from_f32(v).to_bits()),
-            ),
-            Dtype::Bf16 => Self::from_halves(
-                self.dtype,
-                vec![n],
-                draw.values(n, |v| bf16::from_f32(v).to_bits()),
-            ),
+            Dtype::F32 => draw.fill(to.as_chunks_mut().0, f32::to_le_bytes),
+            Dtype::F16 => draw.fill(to.as_chunks_mut().0, |v| f16::from_f32(v).to_le_bytes()),
+            Dtype::Bf16 => draw.fill(to.as_chunks_mut().0, |v| bf16::from_f32(v).to_le_bytes()),
         }
     }
 

@@ -5,8 +5,9 @@
 //! block, so that the scales of 16 blocks are applied at once, after all products of integers,
 //! which are exact.
 
+use jamba_core::host::Pages;
 use jamba_core::quant::{BLOCK, Scales};
-use jamba_core::{Error, Packing, Quantized, Result};
+use jamba_core::{Packing, Quantized, Result};
 use rayon::prelude::*;
 
 use crate::columns::for_each_rows;
@@ -18,19 +19,20 @@ pub(crate) const LANES: usize = 16;
 pub(crate) const STEP: usize = 4;
 /// Values of a group.
 pub(crate) const GROUP: usize = LANES * BLOCK;
+/// What is out of memory, where there is none.
+const WHAT: &str = "quantised weights";
 
 /// A quantised matrix, `(rows, cols)`.
 pub(crate) struct Packed {
     pub(crate) packing: Packing,
     rows: usize,
     cols: usize,
-    /// On a cache line from `start` on; per row [`stride`](Self::stride).
-    quants: Vec<u8>,
-    start: usize,
+    /// Per row [`stride`](PackedRows::stride).
+    quants: Pages<u8>,
     /// Per row and block, bits of bf16; empty for `Int8Row`.
-    block_scales: Vec<u16>,
+    block_scales: Pages<u16>,
     /// Per row; empty for the others.
-    row_scales: Vec<f32>,
+    row_scales: Pages<f32>,
 }
 
 /// Some rows of a [`Packed`] matrix.
@@ -46,25 +48,20 @@ pub(crate) struct PackedRows<'a> {
 impl Packed {
     pub(crate) fn new(from: Quantized) -> Result<Self> {
         let (packing, [rows, cols]) = (from.packing(), from.shape());
-        let blocks = cols.div_ceil(BLOCK);
-        let bytes = block_bytes(packing);
-        let stride = blocks * bytes;
-        let len = rows * stride + 63;
-        let (what, bytes) = ("quantised weights", len as u64);
-        let mut quants: Vec<u8> = bytemuck::allocation::try_zeroed_vec(len)
-            .map_err(|()| Error::Memory { what, bytes, available: None })?;
-        let start = quants.as_ptr().align_offset(64).min(63);
+        let stride = cols.div_ceil(BLOCK) * block_bytes(packing);
+        let mut quants = Pages::zeros(WHAT, rows * stride)?;
         let stored = packing.stride(cols);
         if stored > 0 {
-            let to = quants[start..start + rows * stride].par_chunks_exact_mut(stride);
+            let to = quants.par_chunks_exact_mut(stride);
             let rows = from.quants().par_chunks_exact(stored).zip(to);
             rows.for_each(|(from, to)| interleave(packing, from, to));
         }
         let (block_scales, row_scales) = match from.scales() {
-            Scales::Blocks(scales) => (scales.to_vec(), Vec::new()),
-            Scales::Rows(scales) => (Vec::new(), scales.to_vec()),
+            Scales::Blocks(scales) => (scales, [].as_slice()),
+            Scales::Rows(scales) => ([].as_slice(), scales),
         };
-        Ok(Self { packing, rows, cols, quants, start, block_scales, row_scales })
+        let (block_scales, row_scales) = (copied(block_scales)?, copied(row_scales)?);
+        Ok(Self { packing, rows, cols, quants, block_scales, row_scales })
     }
 
     fn blocks(&self) -> usize {
@@ -75,7 +72,7 @@ impl Packed {
     pub(crate) fn rows(&self, rows: std::ops::Range<usize>) -> PackedRows<'_> {
         assert!(rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
         let (blocks, stride) = (self.blocks(), self.blocks() * block_bytes(self.packing));
-        let quants = &self.quants[self.start..][rows.start * stride..rows.end * stride];
+        let quants = &self.quants[rows.start * stride..rows.end * stride];
         let (block_scales, row_scales) = match self.packing {
             Packing::Int8Row => (&[][..], &self.row_scales[rows]),
             _ => (&self.block_scales[rows.start * blocks..rows.end * blocks], &[][..]),
@@ -119,6 +116,12 @@ impl<'a> PackedRows<'a> {
             _ => bytes[(at / STEP * blocks + block) * STEP + at % STEP].cast_signed(),
         }
     }
+}
+
+fn copied<T: bytemuck::Pod>(values: &[T]) -> Result<Pages<T>> {
+    let mut pages = Pages::zeros(WHAT, values.len())?;
+    pages.copy_from_slice(values);
+    Ok(pages)
 }
 
 /// Bytes of a block.

@@ -6,7 +6,7 @@ use std::time::Instant;
 use jamba_core::Result;
 
 use crate::simd::{Isa, peak, with_integers, with_simd};
-use jamba_core::host::zeros;
+use jamba_core::host::Pages;
 
 /// Elements of the buffer that is read: 1 GiB, more than caches hold.
 const ELEMENTS: usize = 1 << 28;
@@ -68,7 +68,7 @@ pub fn probe() -> Result<Probe> {
 /// 10^9 bytes a second.
 fn read(isa: Isa) -> Result<f64> {
     use rayon::prelude::*;
-    let mut values = zeros("probe of the memory", &[ELEMENTS])?;
+    let mut values = Pages::zeros("probe of the memory", ELEMENTS)?;
     let part = ELEMENTS.div_ceil(rayon::current_num_threads());
     // Pages that nothing was written to are all the same page.
     values.par_chunks_mut(part).for_each(|part| part.fill(1.0));
