@@ -4,7 +4,7 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use crate::simd::dots::prefetch;
+use crate::simd::dots::{LINE, prefetch};
 use crate::team;
 
 /// Work below which a second thread is no gain.
@@ -21,12 +21,11 @@ pub(crate) mod parallel {
 
 /// How many rows later the operands are that are fetched into the cache meanwhile, where some columns of many
 /// rows are read: they are further apart than the machine looks ahead by itself.
-pub(crate) const AHEAD: usize = 2;
+pub(crate) const ROWS_AHEAD: usize = 2;
 
 /// Asks for some columns of a row.
 #[inline(always)]
 pub(crate) fn prefetch_row(values: &[f32]) {
-    const LINE: usize = 16;
     values.chunks(LINE).for_each(|line| prefetch(line.as_ptr()));
     // Where the row does not begin with a line.
     if let Some(last) = values.last() {

@@ -2,7 +2,7 @@
 
 use jamba_core::Batch;
 
-use crate::columns::{AHEAD, Block, Columns, for_each, parallel, prefetch_row};
+use crate::columns::{Block, Columns, ROWS_AHEAD, for_each, parallel, prefetch_row};
 use crate::simd::{Isa, Simd, silu, with_simd};
 use crate::tensor::View;
 use crate::weight::PAD;
@@ -58,8 +58,8 @@ fn block<S: Simd>(
             None => s.load_partial(&state.row(slot + i)[c..]),
         };
         for t in 0..run.len {
-            if t + AHEAD < run.len {
-                prefetch_row(&o.x.row(first + t + AHEAD)[cols.clone()]);
+            if t + ROWS_AHEAD < run.len {
+                prefetch_row(&o.x.row(first + t + ROWS_AHEAD)[cols.clone()]);
             }
             for c in (0..cols.len()).step_by(S::LANES) {
                 let mut sum =

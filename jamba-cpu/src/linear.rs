@@ -165,6 +165,10 @@ trait Tiles {
     /// Rows of x, and of W.
     fn rows(&self) -> [usize; 2];
 
+    /// Whether the rows of W in a tile are of four quarters of it, which are read each from start to
+    /// end, and not neighbours.
+    fn has_quarters(&self) -> bool;
+
     /// The products of M rows of x from number `m` on with these of W.
     fn tile<const M: usize>(&self, m: usize, w: [usize; TILE_N], turn: Turn) -> [[f32; TILE_N]; M];
 
@@ -177,8 +181,10 @@ trait Tiles {
         // each tile of them stays in the first-level cache while it passes over all rows of W, which
         // the first one has brought into the second.
         let is_few = tiles <= FEW;
-        let width = if is_few { TILE_N } else { n };
-        for first in (0..n).step_by(width.max(1)) {
+        let tiles_of_w = n.div_ceil(TILE_N);
+        let (next, apart) = if self.has_quarters() { (1, tiles_of_w) } else { (TILE_N, 1) };
+        let width = if is_few { 1 } else { tiles_of_w };
+        for first in (0..tiles_of_w).step_by(width.max(1)) {
             let (mut m, mut turn) = (0, 0);
             macro_rules! tiles {
                 ($m:literal) => {
@@ -188,17 +194,17 @@ trait Tiles {
                             false if turn == 0 => Turn { tiles: 1, turn },
                             false => Turn::NEVER,
                         };
-                        for j in (first..n.min(first + width)).step_by(TILE_N) {
+                        for j in first..first + width {
                             // Past the last row it stands in for those that are not there.
-                            let row = |i: usize| (j + i).min(n - 1);
+                            let row = |i: usize| (j * next + i * apart).min(n - 1);
                             let w = [row(0), row(1), row(2), row(3)];
                             let sums = self.tile::<$m>(m, w, turn_of_tile);
                             for (i, sums) in sums.iter().enumerate() {
-                                let out = &mut out.row(m + i)[at + j..];
-                                match out.first_chunk_mut() {
+                                let out = &mut out.row(m + i)[at..at + n];
+                                match out[w[0]..].first_chunk_mut() {
                                     // A copy of a known length is one store.
-                                    Some(out) if n - j >= TILE_N => *out = *sums,
-                                    _ => out[..n - j].copy_from_slice(&sums[..n - j]),
+                                    Some(out) if apart == 1 => *out = *sums,
+                                    _ => w.iter().zip(sums).for_each(|(w, sum)| out[*w] = *sum),
                                 }
                             }
                         }
@@ -231,6 +237,12 @@ impl<D: Dots> Tiles for Stored<'_, D> {
     }
 
     #[inline(always)]
+    fn has_quarters(&self) -> bool {
+        // They may be in small pages, from which neighbours are read faster.
+        false
+    }
+
+    #[inline(always)]
     fn tile<const M: usize>(&self, m: usize, w: [usize; TILE_N], turn: Turn) -> [[f32; TILE_N]; M] {
         let k = self.x.cols;
         let row = |row: usize| &self.w[row * k..][..k];
@@ -257,6 +269,13 @@ impl<D: Integers> Tiles for Integer<'_, D> {
     #[inline(always)]
     fn rows(&self) -> [usize; 2] {
         [self.rows, self.w.quants.len().checked_div(self.w.stride()).unwrap_or(0)]
+    }
+
+    #[inline(always)]
+    fn has_quarters(&self) -> bool {
+        // Four that are shorter follow one another as one stream.
+        const LONG: usize = 1024;
+        self.w.stride() >= LONG
     }
 
     #[inline(always)]
@@ -336,6 +355,13 @@ mod tests {
                         let row = View::new(&x[m * k..(m + 1) * k], k);
                         products.linear(row, &weight, None, &mut alone).unwrap();
                         assert_eq!(alone, out[m * n..(m + 1) * n], "{} {format}", isa.name());
+                    }
+                    // One to four tiles of them together.
+                    for rows in [2, 7, 13, 23].into_iter().filter(|rows| *rows < ROWS) {
+                        let mut some = vec![0.0; rows * n];
+                        let x = View::new(&x[..rows * k], k);
+                        products.linear(x, &weight, None, &mut some).unwrap();
+                        assert_eq!(some, out[..rows * n], "{} {format} {rows}", isa.name());
                     }
                 }
             }

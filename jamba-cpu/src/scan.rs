@@ -2,7 +2,7 @@
 
 use jamba_core::Batch;
 
-use crate::columns::{AHEAD, Block, Columns, for_each, parallel, prefetch_row};
+use crate::columns::{Block, Columns, ROWS_AHEAD, for_each, parallel, prefetch_row};
 use crate::simd::{Isa, Simd, exp2, silu, softplus, with_simd};
 use crate::tensor::View;
 use crate::weight::PAD;
@@ -63,9 +63,9 @@ fn block<S: Simd>(s: S, o: &Operands<'_>, batch: &Batch, state: &mut Block<'_>, 
     for run in batch.runs() {
         let (states, _) = state.row(run.slot).as_chunks_mut::<PAD>();
         for t in first..first + run.len {
-            if t + AHEAD < first + run.len {
+            if t + ROWS_AHEAD < first + run.len {
                 for operand in [&o.x, &o.dt, &o.z] {
-                    prefetch_row(&operand.row(t + AHEAD)[cols.clone()]);
+                    prefetch_row(&operand.row(t + ROWS_AHEAD)[cols.clone()]);
                 }
             }
             let y = y.row(t);

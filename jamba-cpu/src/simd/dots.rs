@@ -12,6 +12,10 @@ use super::{Element, Simd};
 
 /// Rows of W in a tile.
 pub(crate) const TILE_N: usize = 4;
+/// Values of f32 in a line of the cache.
+pub(crate) const LINE: usize = 16;
+/// Bytes between what is read of a stream and what is fetched meanwhile.
+const AHEAD: usize = 1024;
 /// Elements that any [`Dots`] takes at once at most.
 const MAX_STEP: usize = 32;
 
@@ -96,7 +100,7 @@ impl<S: Simd, E: Element> Dots for Widened<S, E> {
     }
 }
 
-/// Whose turn it is to fetch the next rows of W into the cache, among the tiles that have the same
+/// Whose turn it is to fetch what of W comes next into the cache, among the tiles that have the same
 /// rows of it: each does so at every one of so many steps.
 #[derive(Clone, Copy)]
 pub(crate) struct Turn {
@@ -213,6 +217,20 @@ pub(crate) fn prefetch<T>(at: *const T) {
     unsafe {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         _mm_prefetch::<_MM_HINT_T0>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
+/// Asks for what comes [`AHEAD`] bytes after an address, in memory that is read from one end to the
+/// other: it need come no nearer than the second-level cache.
+#[inline(always)]
+pub(crate) fn prefetch_stream<T>(at: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: as above.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(at.wrapping_byte_add(AHEAD).cast());
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = at;

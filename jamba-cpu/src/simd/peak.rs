@@ -2,6 +2,7 @@
 
 use std::hint::black_box;
 
+use super::dots::{LINE, prefetch_stream};
 use super::integers::Integers;
 use super::{Isa, Simd};
 
@@ -30,6 +31,9 @@ pub(crate) fn sum<S: Simd>(s: S, values: &[f32]) -> f32 {
     let mut sums = [s.splat(0.0); 8];
     let mut blocks = values.chunks_exact(8 * S::LANES);
     for block in &mut blocks {
+        for line in block.chunks(LINE) {
+            prefetch_stream(line.as_ptr());
+        }
         for (sum, v) in sums.iter_mut().zip(block.chunks_exact(S::LANES)) {
             *sum = s.add(*sum, s.load(v));
         }

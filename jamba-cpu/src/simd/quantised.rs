@@ -7,12 +7,12 @@
 use jamba_core::Packing;
 
 use super::Simd;
-use super::dots::{TILE_N, Turn, prefetch};
+use super::dots::{TILE_N, Turn, prefetch, prefetch_stream};
 use super::integers::Integers;
 use crate::packed::{Group, LANES, PackedRows, STEP, block_bytes};
 
-/// The products of M rows of x and four rows of W, which are given by number. The rows of W that come
-/// next are fetched meanwhile.
+/// The products of M rows of x and four rows of W, which are given by number. What comes after
+/// each row is fetched meanwhile.
 #[inline(always)]
 pub(crate) fn tile<D: Integers, const M: usize>(
     d: D,
@@ -72,10 +72,10 @@ fn sums<D: Integers, const M: usize, const FOUR_BITS: bool>(
             turn = tiles;
             for n in 0..TILE_N {
                 for line in (0..bytes).step_by(64) {
-                    prefetch(at[n].wrapping_add(TILE_N * stride + line));
+                    prefetch_stream(at[n].wrapping_add(line));
                 }
                 if !by_row {
-                    prefetch(scales[n].wrapping_add(TILE_N * w.blocks));
+                    prefetch(scales[n].wrapping_add(w.blocks));
                 }
             }
         }
