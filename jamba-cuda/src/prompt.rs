@@ -211,8 +211,8 @@ pub(crate) fn mlp(
             b.linear.per_expert(&b.device, (gate_up, 1), dense, |_, _, ptr| {
                 let matrix = Matrices { ptr, ld: padded(k, b.precision()) as u32 };
                 let out = (act.ptr, inter);
-                // SAFETY: x has k columns, the matrix 2 inter rows of as many, and act room for more than the rows of x; tensors, workspaces and weights are
-                // aligned.
+                // SAFETY: x has k columns, the matrix 2 inter rows of as many, and act room for
+                // more than the rows of x; tensors, workspaces and weights are aligned.
                 #[allow(unsafe_code, reason = "the operands are checked here")]
                 unsafe { grouped.swiglu(&b.device, (x, k), matrix, Groups::One, out) }?;
                 Ok(())
