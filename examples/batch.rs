@@ -18,7 +18,8 @@ use serde_json::{Value, json};
 ///
 /// The file has a prompt in each line: as it is, or, where the first line is a JSON object, in its
 /// field `prompt`, with `max_tokens`, `seed` and `priority` if they are to differ. Texts go to
-/// stdout, progress and throughput to stderr. A text does not depend on the number of slots.
+/// stdout, progress and throughput to stderr. A text does not depend on the number of slots
+/// (on a GPU but for what rounding does).
 #[derive(Parser)]
 #[command(allow_negative_numbers = true)]
 struct Args {

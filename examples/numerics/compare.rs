@@ -73,7 +73,7 @@ struct Args {
     trace: Option<Vec<PathBuf>>,
 }
 
-/// The backends there are: the one place to add another.
+/// The backends that can be compared: those of the other examples, and the oracle.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum On {
     /// In f64, of the conformance kit.

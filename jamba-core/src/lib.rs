@@ -38,10 +38,10 @@
 //! | [`checkpoint`], [`weights`], [`tensor`], [`random`] | parameters and where they come from |
 //! | [`progress`], `hub` (feature `hub`) | how far a load is; folders from the Hugging Face Hub |
 //! | [`quant`] | parameters in fewer bits |
-//! | [`backend`], [`shape`], [`batch`] | the contract with a device |
+//! | [`backend`], [`shape`], [`batch`], [`precision`], [`error`] | the contract with a device |
 //! | [`host`] | memory and functions for backends that compute on the host |
 //! | [`compose`] | the model in operators: each equation's place |
-//! | [`model`], [`session`] | weights, scratch and state together |
+//! | [`model`], [`runner`], [`session`] | weights, scratch and state together |
 //! | [`state`], [`fingerprint`] | states as values, and which model they are of |
 //! | [`tokenizer`], [`sampler`], [`generate`](mod@generate), [`beam`], [`logprobs`] | text |
 //! | `chat` (feature `chat`) | messages, templates, tool calls, conversations as state |

@@ -1,7 +1,8 @@
 //! The precision of matrix products.
 
-/// In which precision a backend computes matrix products. What is between them, the states of the
-/// scan, and everything that is not a matrix product are f32 in both.
+/// In which precision a backend computes matrix products. The residual stream, the states of
+/// the scan, and everything that is not a matrix product are f32 in both; a backend may round what a
+/// product reads where it is written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Precision {
     /// Operands rounded to bf16, sums in f32. What a backend does with matrices that are stored

@@ -65,16 +65,21 @@ pub struct CpuBackend {
     impossible: bool,
 }
 
+/// The instruction set that `JAMBA_CPU_ISA` names, if the machine has it, or the best.
+pub(crate) fn wanted() -> Option<Isa> {
+    let wanted = std::env::var_os(ISA).filter(|name| !name.is_empty());
+    Isa::available().into_iter().find(|isa| match &wanted {
+        Some(name) => name == isa.name(),
+        None => true,
+    })
+}
+
 impl CpuBackend {
     /// A backend on the best instruction set that this machine has, or the one that the environment
     /// variable `JAMBA_CPU_ISA` names: `amx` (Linux only), `avx512bf16`, `avx512`, `avx2` or `portable`.
     /// If that is not to be had, loading a model fails.
     pub fn new() -> Self {
-        let wanted = std::env::var_os(ISA).filter(|name| !name.is_empty());
-        let found = Isa::available().into_iter().find(|isa| match &wanted {
-            Some(name) => name == isa.name(),
-            None => true,
-        });
+        let found = wanted();
         let isa = found.unwrap_or_else(Isa::portable);
         Self { impossible: found.is_none(), ..Self::on(isa) }
     }

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use jamba_core::Result;
 
+use crate::backend;
 use crate::simd::{Isa, peak, with_integers, with_simd};
 use jamba_core::host::Pages;
 
@@ -20,7 +21,7 @@ const ROUNDS: usize = 1 << 20;
 pub struct Probe {
     /// Threads.
     pub threads: usize,
-    /// Instruction set of the kernels: `amx`, `avx512bf16`, `avx512`, `avx2` or `portable`.
+    /// Instruction set of the kernels of [`CpuBackend::new`](crate::CpuBackend::new): `amx`, `avx512bf16`, `avx512`, `avx2` or `portable`.
     pub isa: &'static str,
     /// Reading a buffer of 1 GiB once, in 10^9 bytes a second.
     pub read_gb_per_s: f64,
@@ -45,7 +46,7 @@ pub struct Probe {
 /// # Errors
 /// [`Error::Memory`](jamba_core::Error::Memory).
 pub fn probe() -> Result<Probe> {
-    let isa = Isa::detect();
+    let isa = backend::wanted().unwrap_or_else(Isa::portable);
     let threads = rayon::current_num_threads();
     let rate = |work: &(dyn Fn() -> usize + Sync)| {
         let operations = || rayon::broadcast(|_| work()).into_iter().sum::<usize>() as f64;

@@ -26,7 +26,7 @@ use crate::ops::elementwise::Elementwise;
 use crate::ops::embed::Embed;
 use crate::ops::grouped::Grouped;
 use crate::ops::linear::Linear;
-use crate::ops::moe::{Experts, Tokens};
+use crate::ops::moe::{self, Experts, Tokens};
 use crate::ops::norm::Norm;
 use crate::ops::rows::Rows;
 use crate::ops::sample::Sample;
@@ -148,6 +148,7 @@ impl CudaBackend {
 
     /// The kernels that are specialised to the sizes of a model.
     fn kernels(&self, config: &Config) -> Result<Kernels, Error> {
+        moe::check_experts(config.num_experts)?;
         let schedule = Schedule::new(config);
         let (mamba, attention) = (schedule.mamba_layers() > 0, schedule.attention_layers() > 0);
         let sizes = [

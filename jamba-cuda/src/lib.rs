@@ -2,8 +2,9 @@
 //!
 //! [`CudaBackend`] runs every operator on one NVIDIA card (sm_80 and later). Nothing of CUDA is
 //! needed to build: driver, NVRTC and cuBLASLt are loaded when a backend is made, and what is
-//! missing is an [`Error`] that says so. Kernels are CUDA C++ under `kernels/`, compiled at that
-//! moment for the card and the sizes of the model, and kept on disk ([`KernelCache`]).
+//! missing is an [`Error`] that says so. Kernels are CUDA C++ under `kernels/`, compiled for
+//! the card at that moment, those for sizes of the model when its first runner is made, and kept on
+//! disk ([`KernelCache`]).
 //!
 //! ```no_run
 //! use jamba_core::Model;

@@ -30,7 +30,7 @@ use crate::weight::{Weight, padded};
 const PROMPT_TOKENS: usize = 128;
 
 /// Whether the staged tokens are a prompt of sizes that the kernels for bf16 are made for.
-fn is_for_attention(b: &CudaBackend, config: &Config, state: &State) -> bool {
+fn is_prompt(b: &CudaBackend, config: &Config, state: &State) -> bool {
     let (inner, n) = (config.d_inner(), config.mamba_d_state);
     let eighths = [config.hidden_size, config.intermediate_size, inner, config.q_width()];
     b.precision() == Precision::Bf16
@@ -48,14 +48,14 @@ pub(crate) fn is_for_mamba(
     w: &Mamba<Weight>,
     state: &State,
 ) -> bool {
-    is_for_attention(b, config, state) && w.in_proj_bias.is_none() && w.out_proj_bias.is_none()
+    is_prompt(b, config, state) && w.in_proj_bias.is_none() && w.out_proj_bias.is_none()
 }
 
 /// Whether [`forward`] is for this step.
 pub(crate) fn is_for(b: &CudaBackend, config: &Config, w: &Weights<Weight>, state: &State) -> bool {
     let mixer_fits = |mixer: &Mixer<Weight>| match mixer {
         Mixer::Mamba(w) => is_for_mamba(b, config, w, state),
-        Mixer::Attention(_) => is_for_attention(b, config, state),
+        Mixer::Attention(_) => is_prompt(b, config, state),
     };
     let is_any = !w.layers.is_empty() && config.hidden_size <= PROMPT_COLS;
     is_any && w.layers.iter().all(|layer| mixer_fits(&layer.mixer))

@@ -173,11 +173,6 @@ pub(crate) enum IntegerVectors {
 }
 
 impl Isa {
-    /// The best that this machine has.
-    pub(crate) fn detect() -> Self {
-        Self::available().swap_remove(0)
-    }
-
     /// All that this machine has, best first.
     pub(crate) fn available() -> Vec<Self> {
         let mut all = Vec::new();

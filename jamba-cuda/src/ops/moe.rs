@@ -97,6 +97,16 @@ pub(crate) fn sorted_bytes(tokens: usize, top_k: usize, hidden: usize) -> usize 
     tokens.saturating_mul(top_k).saturating_mul(2 * hidden)
 }
 
+/// Refuses more experts than the routing kernel sorts.
+pub(crate) fn check_experts(experts: usize) -> Result<(), Error> {
+    const MOST: usize = 1024;
+    if experts <= MOST {
+        return Ok(());
+    }
+    let (op, what) = ("moe_experts", "number of experts");
+    Err(Error::Size { op, what, got: experts, allowed: "the kernel is made for up to 1024" })
+}
+
 impl Experts {
     pub(crate) fn load(loader: &Loader) -> crate::Result<Self> {
         let [moe, tiles] = units().map(|unit| loader.module(&unit));
@@ -128,11 +138,7 @@ impl Experts {
         if tokens == 0 {
             return Ok(());
         }
-        if experts > 1024 {
-            let allowed = "the kernel is made for up to 1024";
-            let (op, what) = ("moe_experts", "number of experts");
-            return Err(Error::Size { op, what, got: experts, allowed }.into());
-        }
+        check_experts(experts)?;
         let bytes = workspace_bytes(tokens, (experts, top_k), (hidden, inter), self.precision);
         let base = workspaces.routes.reserve(device, bytes[0])?;
         let list = |i: usize| base + 4 * (i * entries) as u64;

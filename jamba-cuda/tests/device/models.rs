@@ -27,6 +27,7 @@ pub(crate) fn trials(precision: Precision) -> Vec<Trial> {
     };
     let mut trials = vec![
         trial("edges", edges),
+        trial("beyond", beyond),
         trial("stored", stored),
         trial("prompts", prompts),
         trial("long", long),
@@ -62,6 +63,30 @@ fn edges(backend: CudaBackend) -> Result<(), Failed> {
     let report = lockstep(&mut reference, &mut cuda, &batches)?;
     let beyond = report.beyond(tolerance("lockstep", precision, format));
     check(beyond.is_empty(), format!("{report}"))
+}
+
+/// Sizes that no kernel is made for are refused with the first runner, before any token.
+fn beyond(backend: CudaBackend) -> Result<(), Failed> {
+    type Enlarge = fn(&mut Config);
+    let backend = Arc::new(backend);
+    let sizes: [(&str, Enlarge); 4] = [
+        ("d_state", |c| c.mamba_d_state = 257),
+        ("d_conv", |c| c.mamba_d_conv = 66),
+        ("head_dim", |c| c.head_dim = 257),
+        ("number of experts", |c| c.num_experts = 1025),
+    ];
+    for (what, enlarge) in sizes {
+        let mut config = small();
+        enlarge(&mut config);
+        let source = RandomParams { seed: 3, dtype: Dtype::Bf16 };
+        let model = Model::new(config, &source, backend.clone())?;
+        let limits = Limits { slots: 1, context: 8, tokens: 1, outputs: 1 };
+        match model.runner(limits) {
+            Ok(_) => return Err(format!("a runner of too large a {what}").into()),
+            Err(error) => check(error.to_string().contains(what), format!("{what}: {error}"))?,
+        }
+    }
+    Ok(())
 }
 
 /// Random parameters in any dtype, of values that all of them hold.
