@@ -36,7 +36,8 @@ pub(crate) async fn completions(
     body: Result<Json<CompletionRequest>, JsonRejection>,
 ) -> Result<Response, ApiError> {
     let Json(request) = body?;
-    answer(server, Kind::Completion, move |server| server.completion_work(request)).await
+    let answer = answer(server, Kind::Completion, move |server| server.completion_work(request));
+    answer.await.map_err(ApiError::of_completion)
 }
 
 async fn answer(

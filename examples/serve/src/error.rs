@@ -32,6 +32,16 @@ impl ApiError {
         Self { param: Some(param), ..error }
     }
 
+    /// The same of a request to `/v1/completions`, whose fields have other names.
+    pub(crate) fn of_completion(self) -> Self {
+        let param = self.param.map(|param| match param {
+            "messages" => "prompt",
+            "top_logprobs" => "logprobs",
+            other => other,
+        });
+        Self { param, ..self }
+    }
+
     pub(crate) fn not_found(message: impl Into<String>) -> Self {
         Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
     }

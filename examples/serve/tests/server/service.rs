@@ -44,6 +44,21 @@ async fn bad_requests_are_refused_in_openais_shape() {
     server.refuse("/health", &ok, 405, "method").await;
     server.refuse(TEXT, &json!({ "prompt": [99999] }), 400, "99999").await;
     server.refuse(TEXT, &json!({ "prompt": "x", "suffix": "y" }), 400, "insertion").await;
+    // They name the field of the request that they are about.
+    for (path, fields, param) in [
+        (
+            CHAT,
+            json!({ "messages": [{ "role": "user", "content": "word ".repeat(600) }] }),
+            "messages",
+        ),
+        (TEXT, json!({ "prompt": "word ".repeat(600) }), "prompt"),
+        (CHAT, json!({ "logprobs": true, "top_logprobs": 21 }), "top_logprobs"),
+        (TEXT, json!({ "prompt": "x", "logprobs": 21 }), "logprobs"),
+    ] {
+        let body = if path == CHAT { with(ok.clone(), fields) } else { fields };
+        let error: Value = server.post(path, &body).await.json().await.unwrap();
+        assert_eq!(error["error"]["param"], param, "{error}");
+    }
     server
         .refuse(CHAT, &with(ok, json!({ "user": "x".repeat(2 << 20) })), 413, "length limit")
         .await;
