@@ -27,6 +27,9 @@ const TASK: usize = 256 << 10;
 const TILED: usize = 768 << 10;
 /// Rows of x that stay in the last-level cache while all rows of W pass by.
 const PANEL: usize = 512;
+/// Bytes of a row of W from which on rows of one tile are read as streams of their own; four that are
+/// shorter follow one another as one.
+const LONG: usize = 1024;
 /// Tiles of x that pass over a few rows of W together, at most.
 const FEW: usize = 4;
 
@@ -182,7 +185,8 @@ trait Tiles {
         // the first one has brought into the second.
         let is_few = tiles <= FEW;
         let tiles_of_w = n.div_ceil(TILE_N);
-        let (next, apart) = if self.has_quarters() { (1, tiles_of_w) } else { (TILE_N, 1) };
+        let quarters = self.has_quarters();
+        let (next, apart) = if quarters { (1, tiles_of_w) } else { (TILE_N, 1) };
         let width = if is_few { 1 } else { tiles_of_w };
         for first in (0..tiles_of_w).step_by(width.max(1)) {
             let (mut m, mut turn) = (0, 0);
@@ -190,8 +194,8 @@ trait Tiles {
                 ($m:literal) => {
                     while rows - m >= $m && $m <= Self::TILE_M {
                         let turn_of_tile = match is_few {
-                            true => Turn { tiles, turn },
-                            false if turn == 0 => Turn { tiles: 1, turn },
+                            true => Turn { tiles, turn, quarters },
+                            false if turn == 0 => Turn { tiles: 1, turn, quarters },
                             false => Turn::NEVER,
                         };
                         for j in first..first + width {
@@ -238,8 +242,8 @@ impl<D: Dots> Tiles for Stored<'_, D> {
 
     #[inline(always)]
     fn has_quarters(&self) -> bool {
-        // They may be in small pages, from which neighbours are read faster.
-        false
+        // Tiles that take turns fetch the rows of the next tile, which are one stream.
+        self.x.rows <= D::TILE_M && size_of_val(self.w) / self.rows()[1].max(1) >= LONG
     }
 
     #[inline(always)]
@@ -273,8 +277,6 @@ impl<D: Integers> Tiles for Integer<'_, D> {
 
     #[inline(always)]
     fn has_quarters(&self) -> bool {
-        // Four that are shorter follow one another as one stream.
-        const LONG: usize = 1024;
         self.w.stride() >= LONG
     }
 

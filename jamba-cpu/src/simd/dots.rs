@@ -108,11 +108,13 @@ pub(crate) struct Turn {
     pub(crate) tiles: usize,
     /// Number of this tile.
     pub(crate) turn: usize,
+    /// Whether each row of W is followed by its next one, and not by that of the next tile.
+    pub(crate) quarters: bool,
 }
 
 impl Turn {
     /// No turn at all.
-    pub(crate) const NEVER: Self = Self { tiles: usize::MAX, turn: usize::MAX };
+    pub(crate) const NEVER: Self = Self { tiles: usize::MAX, turn: usize::MAX, quarters: false };
 }
 
 /// The products of M rows of x and four rows of W, all of the same length. The rows of W that come
@@ -122,7 +124,7 @@ pub(crate) fn tile<D: Dots, const M: usize>(
     d: D,
     x: [&[D::X]; M],
     w: [&[D::W]; TILE_N],
-    Turn { tiles, mut turn }: Turn,
+    Turn { tiles, mut turn, quarters }: Turn,
 ) -> [[f32; TILE_N]; M] {
     let k = w[0].len();
     let (mut equal, mut x_at) = (true, [std::ptr::null(); M]);
@@ -145,7 +147,11 @@ pub(crate) fn tile<D: Dots, const M: usize>(
         if turn == 0 {
             turn = tiles;
             for w in w_at {
-                prefetch(w.wrapping_add(TILE_N * k + i));
+                if quarters {
+                    prefetch_stream(w.wrapping_add(i));
+                } else {
+                    prefetch(w.wrapping_add(TILE_N * k + i));
+                }
             }
         }
         turn -= 1;

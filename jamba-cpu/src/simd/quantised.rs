@@ -42,7 +42,7 @@ fn sums<D: Integers, const M: usize, const FOUR_BITS: bool>(
     x: [&[Group]; M],
     w: PackedRows<'_>,
     rows: [usize; TILE_N],
-    Turn { tiles, mut turn }: Turn,
+    Turn { tiles, mut turn, .. }: Turn,
 ) -> [[f32; TILE_N]; M] {
     /// Scales of a row that has none in its groups.
     const ONES: &[u16; LANES] = &[0x3f80; LANES];
