@@ -21,7 +21,8 @@ const ROUNDS: usize = 1 << 20;
 pub struct Probe {
     /// Threads.
     pub threads: usize,
-    /// Instruction set of the kernels of [`CpuBackend::new`](crate::CpuBackend::new): `amx`, `avx512bf16`, `avx512`, `avx2` or `portable`.
+    /// Instruction set of the kernels of [`CpuBackend::new`](crate::CpuBackend::new): `amx`,
+    /// `avx512bf16`, `avx512`, `avx2` or `portable`.
     pub isa: &'static str,
     /// Reading a buffer of 1 GiB once, in 10^9 bytes a second.
     pub read_gb_per_s: f64,
