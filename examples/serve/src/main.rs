@@ -37,7 +37,7 @@ struct Args {
     /// list of processes.
     #[arg(long, value_name = "KEY", env = "JAMBA_API_KEY", hide_env_values = true)]
     api_key: Option<String>,
-    /// Requests that run at the same time.
+    /// Replies that are generated at the same time; a request may ask for several.
     #[arg(long, value_name = "N", default_value_t = 8)]
     slots: usize,
     /// Tokens of a request at most, prompt and reply.
@@ -46,7 +46,7 @@ struct Args {
     /// Tokens of a reply at most, also where a request asks for more.
     #[arg(long, value_name = "N", default_value_t = 2048)]
     max_tokens: usize,
-    /// Requests that may wait; more are told to come back later.
+    /// Replies that may wait; requests for more are told to come back later.
     #[arg(long, value_name = "N", default_value_t = 256)]
     queue: usize,
     /// Bytes of a request's body at most.
