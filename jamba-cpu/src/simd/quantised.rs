@@ -68,20 +68,18 @@ fn sums<D: Integers, const M: usize, const FOUR_BITS: bool>(
         debug_assert!((g + 1) * bytes <= stride, "group {g} of rows of {stride} bytes");
         let at = quants.map(|q| q.wrapping_add(g * bytes));
         let scales = scales.map(|s| s.wrapping_add(if by_row { 0 } else { g * LANES }));
-        if turn == 0 {
+        let fetches = turn == 0;
+        if fetches {
             turn = tiles;
-            for n in 0..TILE_N {
-                for line in (0..bytes).step_by(64) {
-                    prefetch_stream(at[n].wrapping_add(line));
-                }
-                if !by_row {
-                    prefetch(scales[n].wrapping_add(w.blocks));
-                }
+            if !by_row {
+                scales.iter().for_each(|scales| prefetch(scales.wrapping_add(w.blocks)));
             }
         }
         turn -= 1;
         // SAFETY: every row of W has this group, and x too.
-        unsafe { group::<D, M, FOUR_BITS, true>(d, x, g, at, scales, LANES, &mut lanes) };
+        unsafe {
+            group::<D, M, FOUR_BITS, true>(d, x, g, at, scales, (LANES, fetches), &mut lanes)
+        };
     }
     if rest > 0 {
         debug_assert_eq!(whole * bytes + rest * block_bytes(w.packing), stride);
@@ -98,7 +96,9 @@ fn sums<D: Integers, const M: usize, const FOUR_BITS: bool>(
         let scales =
             [padded[0].as_ptr(), padded[1].as_ptr(), padded[2].as_ptr(), padded[3].as_ptr()];
         // SAFETY: the rest of each row has this many blocks, and x has the group.
-        unsafe { group::<D, M, FOUR_BITS, false>(d, x, whole, at, scales, rest, &mut lanes) };
+        unsafe {
+            group::<D, M, FOUR_BITS, false>(d, x, whole, at, scales, (rest, false), &mut lanes)
+        };
     }
     let mut out = [[0.0; TILE_N]; M];
     for m in 0..M {
@@ -107,7 +107,8 @@ fn sums<D: Integers, const M: usize, const FOUR_BITS: bool>(
     out
 }
 
-/// Adds the products of group number g; a `WHOLE` one has 16 blocks.
+/// Adds the products of group number g, of so many blocks, 16 if it is a `WHOLE` one. What comes after
+/// is fetched meanwhile if asked for, line by line: all at once would fill the queue of the cache.
 ///
 /// # Safety
 /// Each of `quants` must have the bytes of so many blocks, each of `scales` 16 of them, and each row
@@ -119,7 +120,7 @@ unsafe fn group<D: Integers, const M: usize, const FOUR_BITS: bool, const WHOLE:
     g: usize,
     quants: [*const u8; TILE_N],
     scales: [*const u16; TILE_N],
-    blocks: usize,
+    (blocks, fetches): (usize, bool),
     lanes: &mut [[<D::S as Simd>::F; TILE_N]; M],
 ) {
     let s = d.simd();
@@ -152,6 +153,9 @@ unsafe fn group<D: Integers, const M: usize, const FOUR_BITS: bool, const WHOLE:
                     // SAFETY: so many lanes are left in this vector.
                     unsafe { d.load_some(at, blocks - first) }
                 };
+                if fetches && first == 0 {
+                    prefetch_stream(at);
+                }
             }
             for m in 0..M {
                 let at = |step: usize| x[m].quants[(step * LANES + first) * STEP..].as_ptr().cast();

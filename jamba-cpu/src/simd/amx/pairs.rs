@@ -12,6 +12,8 @@ use crate::simd::Simd;
 const STEP: usize = 32;
 /// Tiles of W that are multiplied together.
 const TILES: usize = 2;
+/// Tiles of W whose rows are read together, with 16 rows of x: each row is a stream of its own.
+const TOGETHER: usize = 16;
 /// Values in a cache line.
 const LINE: usize = 32;
 /// Cache lines of x that are fetched at each step of a chain.
@@ -117,6 +119,9 @@ impl Amx {
         let (k, steps) = (x.k, x.k / STEP);
         assert!(self.takes(k), "rows of {k} values");
         let n = w.len() / k;
+        if let [chunk] = *x.chunks {
+            return self.one_chunk(x.at(0), chunk, k, w, out, at);
+        }
         let mut square = Square([[[0.0; ROWS * ROWS]; 2]; TILES]);
         let mut shapes = Shapes::default();
         let mut c = 0;
@@ -163,6 +168,51 @@ impl Amx {
                 }
             }
             c += number;
+        }
+    }
+
+    /// The products of one chunk, at the speed of memory: the rows of W in a tile lie apart, and each of these
+    /// streams is read from start to end.
+    #[inline(always)]
+    fn one_chunk(
+        self,
+        x: *const bf16,
+        chunk: Chunk,
+        k: usize,
+        w: &[bf16],
+        out: &mut Block<'_>,
+        at: usize,
+    ) {
+        let width = chunk.width();
+        let size = ROWS * width;
+        let mut sums = [0.0; TOGETHER * ROWS * ROWS];
+        let together = ROWS * (sums.len() / size);
+        let mut shapes = Shapes::default();
+        for (part, w) in w.chunks(together * k).enumerate() {
+            let (n, at) = (w.len() / k, at + part * together);
+            // Those that fill no tile are one of their own.
+            for (first, [rows, tiles]) in [(0, [ROWS, n / ROWS]), (n - n % ROWS, [n % ROWS, 1])] {
+                if rows * tiles == 0 {
+                    continue;
+                }
+                let [of_w, of_sums] = [4 * ROWS, 4 * width].map(|line| (rows, line));
+                let of_x = (ROWS, 4 * width);
+                shapes.set(self, [of_sums, of_sums, of_sums, of_sums, of_w, of_w, of_x, of_x]);
+                for (i, sums) in sums.chunks_exact_mut(size).enumerate().take(tiles) {
+                    let of_w = w[(first + i) * k..].as_ptr();
+                    let of_w = Rows { at: [of_w; TILES], stride: 2 * k * tiles };
+                    // SAFETY: rows of W and the chunk have so many tiles each, shaped so.
+                    unsafe { one_by_one(of_w, x, width, k / STEP, sums) };
+                }
+                for m in 0..chunk.rows {
+                    let out = &mut out.row(m)[at + first..at + first + rows * tiles];
+                    for (row, out) in out.chunks_exact_mut(tiles).enumerate() {
+                        for (out, sums) in out.iter_mut().zip(sums.chunks_exact(size)) {
+                            *out = sums[row * width + m];
+                        }
+                    }
+                }
+            }
         }
     }
 
@@ -304,31 +354,52 @@ unsafe fn two_by_one(w: Rows, x: *const bf16, width: usize, steps: usize, sums: 
     }
 }
 
-/// The products of a tile of W with one of x, of 16 rows or one.
+/// The products of a tile of W with one of x, of 16 rows or one. What comes after is fetched meanwhile.
 ///
 /// # Safety
 /// As for [`two_by_two`].
-unsafe fn one_by_one(w: Rows, x: *const bf16, width: usize, steps: usize, sums: &mut Sums) {
-    // SAFETY: the caller's.
+unsafe fn one_by_one(w: Rows, x: *const bf16, width: usize, steps: usize, sums: &mut [f32]) {
+    debug_assert!(sums.len() >= ROWS * width);
+    // SAFETY: the caller's; what is fetched need not be readable.
     unsafe {
         tiles!(
             "tilezero tmm0",
             "2:",
+            "prefetcht1 [{w} + 512]",
+            "prefetcht1 [{w} + {stride} + 512]",
+            "prefetcht1 [{w} + 2*{stride} + 512]",
+            "prefetcht1 [{w} + {three} + 512]",
+            "prefetcht1 [{w} + 4*{stride} + 512]",
+            "prefetcht1 [{w} + {five} + 512]",
+            "prefetcht1 [{w} + 2*{three} + 512]",
+            "prefetcht1 [{w} + {seven} + 512]",
+            "prefetcht1 [{half} + 512]",
+            "prefetcht1 [{half} + {stride} + 512]",
+            "prefetcht1 [{half} + 2*{stride} + 512]",
+            "prefetcht1 [{half} + {three} + 512]",
+            "prefetcht1 [{half} + 4*{stride} + 512]",
+            "prefetcht1 [{half} + {five} + 512]",
+            "prefetcht1 [{half} + 2*{three} + 512]",
+            "prefetcht1 [{half} + {seven} + 512]",
             "tileloadd tmm6, [{x} + {line}]",
             "tileloadd tmm4, [{w} + {stride}]",
             "tdpbf16ps tmm0, tmm4, tmm6",
-            "add {w}, {along}", "add {x}, {tile}",
+            "add {w}, {along}", "add {half}, {along}", "add {x}, {tile}",
             "dec {steps}",
             "jnz 2b",
             "tilestored [{sums} + {line}], tmm0";
             w = inout(reg) w.at[0] => _,
+            half = inout(reg) w.at[0].wrapping_byte_add(8 * w.stride) => _,
             stride = in(reg) w.stride,
-            along = in(reg) 2 * STEP,
+            three = in(reg) 3 * w.stride,
+            five = in(reg) 5 * w.stride,
+            seven = in(reg) 7 * w.stride,
+            along = const 2 * STEP,
             x = inout(reg) x => _,
             line = in(reg) 4 * width,
             tile = in(reg) 4 * width * ROWS,
             steps = inout(reg) steps => _,
-            sums = in(reg) std::ptr::from_mut(sums),
+            sums = in(reg) sums.as_mut_ptr(),
         );
     }
 }
