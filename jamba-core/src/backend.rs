@@ -253,7 +253,8 @@ pub trait Backend: Sized {
     /// `None` where there is no choice, and where the host is to choose, or to say why no token can
     /// be chosen.
     ///
-    /// Provided: leaves all to the host. Override it where reading the logits takes time.
+    /// Provided: leaves all to the host, one after the other. Override it where reading the logits takes
+    /// time, or where there are threads to share the choices.
     fn choose(
         &self,
         logits: &Self::Tensor,

@@ -9,10 +9,12 @@ use jamba_core::backend::{
 use jamba_core::shape::{self, Shaped};
 use jamba_core::weights::{Mlp, Moe, Weights};
 use jamba_core::{
-    Batch, Config, Dtype, Error, Layout, Param, Precision, Result, WeightFormat, compose,
+    Batch, Choice, Config, Dtype, Error, Layout, Param, Precision, Result, Sampled, WeightFormat,
+    compose,
 };
 use rayon::ThreadPool;
 
+use crate::columns::for_each_rows;
 use crate::linear::Products;
 use crate::simd::Isa;
 use crate::state::State;
@@ -249,6 +251,24 @@ impl Backend for CpuBackend {
 
     fn is_chunk_invariant(&self) -> bool {
         true
+    }
+
+    fn choose(
+        &self,
+        logits: &Tensor,
+        choices: &[Option<Choice<'_>>],
+    ) -> Result<Vec<Option<Sampled>>> {
+        let cols = logits.shape()[1];
+        let mut chosen = vec![None; choices.len()];
+        let choose = |row: usize, to: &mut [Option<Sampled>]| {
+            let logits = logits.values().get(row * cols..(row + 1) * cols);
+            if let (Some(choice), Some(logits)) = (&choices[row], logits) {
+                to[0] = choice.sample(logits).ok();
+            }
+        };
+        let parallel = choices.len() > 1;
+        team::lead_on(self.pool.as_deref(), || for_each_rows(&mut chosen, 1, 1, parallel, choose));
+        Ok(chosen)
     }
 
     fn for_each(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-/// How long helpers look out for the next step.
-const GRACE: Duration = Duration::from_micros(100);
+/// How long helpers look out for the next step: as long as it takes to choose tokens, and to tell them.
+const GRACE: Duration = Duration::from_millis(1);
 /// Bits of a ticket for the number of tasks, and for that of the next.
 const BITS: u32 = 20;
 

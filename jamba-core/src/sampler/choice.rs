@@ -1,5 +1,6 @@
 //! What a choice depends on beside the logits, and the choice on the host.
 
+use std::cell::Cell;
 use std::cmp::Ordering;
 
 use super::{Sampled, Sampling};
@@ -33,7 +34,13 @@ impl Choice<'_> {
     /// # Errors
     /// Those of [`Sampler::sample`](super::Sampler::sample), at position 0.
     pub fn sample(&self, logits: &[f32]) -> Result<Sampled> {
-        Work::default().choose(self, logits, None, 0)
+        thread_local! {
+            static WORK: Cell<Work> = Cell::default();
+        }
+        let mut work = WORK.take();
+        let sampled = work.choose(self, logits, None, 0);
+        WORK.set(work);
+        sampled
     }
 }
 
