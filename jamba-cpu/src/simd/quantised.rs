@@ -108,7 +108,7 @@ fn sums<D: Integers, const M: usize, const FOUR_BITS: bool>(
 }
 
 /// Adds the products of group number g, of so many blocks, 16 if it is a `WHOLE` one. What comes after
-/// is fetched meanwhile if asked for, line by line: all at once would fill the queue of the cache.
+/// is fetched meanwhile if asked for, line by line, which is faster than all at once.
 ///
 /// # Safety
 /// Each of `quants` must have the bytes of so many blocks, each of `scales` 16 of them, and each row
