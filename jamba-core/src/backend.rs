@@ -253,8 +253,8 @@ pub trait Backend: Sized {
     /// `None` where there is no choice, and where the host is to choose, or to say why no token can
     /// be chosen.
     ///
-    /// Provided: leaves all to the host, one after the other. Override it where reading the logits takes
-    /// time, or where there are threads to share the choices.
+    /// Provided: leaves all to the host. Override it where logits are that the host would have to read, or
+    /// copy.
     fn choose(
         &self,
         logits: &Self::Tensor,
@@ -318,7 +318,7 @@ pub trait Backend: Sized {
         false
     }
     /// Calls `f` with every number below `tasks`: for work on the host beside a step, such as choosing
-    /// the next token of each sequence.
+    /// the tokens that [`choose`](Self::choose) leaves out, and writing the text of each sequence.
     ///
     /// Provided: one after the other, on this thread. Override it where the backend has threads.
     fn for_each(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {

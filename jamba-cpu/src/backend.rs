@@ -53,7 +53,8 @@ const ISA: &str = "JAMBA_CPU_ISA";
 /// uses, as many as `RAYON_NUM_THREADS` says, up to four for a core, or the machine has cores: so a program whose own rayon
 /// tasks wait for an [`Engine`](jamba_core::Engine) does not wait for ever. Within a rayon pool it
 /// is spread over that one: `pool.install(|| session.append(..))` chooses the threads. Those of an
-/// engine, which has a thread of its own, are chosen by [`with_pool`](Self::with_pool).
+/// engine, which has a thread of its own, are chosen by [`with_pool`](Self::with_pool). They look out for
+/// the next step for a millisecond, and within a pool for a tenth of one.
 ///
 /// A rayon task that waits for a step runs other tasks of its pool in the meantime. It must not hold
 /// a lock that those take too, or it waits for itself: give each task a session of its own, or put
@@ -262,12 +263,18 @@ impl Backend for CpuBackend {
         let mut chosen = vec![None; choices.len()];
         let choose = |row: usize, to: &mut [Option<Sampled>]| {
             let logits = logits.values().get(row * cols..(row + 1) * cols);
+            // Where one is not finite, the host says so.
+            let logits = logits.filter(|logits| logits.iter().all(|v| v.is_finite()));
             if let (Some(choice), Some(logits)) = (&choices[row], logits) {
                 to[0] = choice.sample(logits).ok();
             }
         };
-        let parallel = choices.len() > 1;
-        team::lead_on(self.pool.as_deref(), || for_each_rows(&mut chosen, 1, 1, parallel, choose));
+        match choices.len() {
+            0 | 1 => for_each_rows(&mut chosen, 1, 1, false, choose),
+            _ => team::lead_on(self.pool.as_deref(), || {
+                for_each_rows(&mut chosen, 1, 1, true, choose);
+            }),
+        }
         Ok(chosen)
     }
 

@@ -150,8 +150,8 @@ impl Products {
     pub(crate) fn task_rows(self, k: usize, n: usize) -> usize {
         let (task, [least, most], step) = match self.isa {
             #[cfg(target_arch = "x86_64")]
-            // Two tiles of 16 rows are multiplied together, it takes a while to shape them, and tiles
-            // are so fast that reading x again for each task takes longest.
+            // Up to two tiles of 16 rows are multiplied together, it takes a while to shape them, and
+            // tiles are so fast that reading x again for each task takes longest.
             Isa::Amx(_) => (TILED, [32, 512], 32),
             _ => (TASK, [16, 64], TILE_N),
         };
@@ -380,10 +380,12 @@ mod tests {
             [70, 96, 17],
             [100, 320, 150],
             [7, 640, 5],
+            // Tasks of more tiles than are written together.
+            [2400, 32, 16],
         ];
         for isa in Isa::available() {
             let of = |precision| Products { isa, precision };
-            for [n, k, rows] in sizes.into_iter().take(if cfg!(miri) { 3 } else { 7 }) {
+            for [n, k, rows] in sizes.into_iter().take(if cfg!(miri) { 3 } else { 8 }) {
                 let weight = weight([n, k], Dtype::Bf16, WeightFormat::Stored);
                 let x = values(rows * k, 5);
                 let near: Vec<f32> = x.iter().map(|v| bf16::from_f32(*v).to_f32()).collect();

@@ -15,8 +15,11 @@ use std::time::{Duration, Instant};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-/// How long helpers look out for the next step: as long as it takes to choose tokens, and to tell them.
+/// How long helpers look out for the next step, while nobody else runs one: as long as it takes to choose a
+/// token, and to tell it.
 const GRACE: Duration = Duration::from_millis(1);
+/// The same in a pool whose threads may have other things to do: the one that the step runs in.
+const GRACE_OF_GUESTS: Duration = Duration::from_micros(100);
 /// Bits of a ticket for the number of tasks, and for that of the next.
 const BITS: u32 = 20;
 
@@ -69,16 +72,18 @@ pub(crate) fn lead_on<R>(pool: Option<&ThreadPool>, f: impl FnOnce() -> R) -> R 
     struct End(Arc<Team>);
     impl Drop for End {
         fn drop(&mut self) {
-            self.0.open.store(false, Ordering::Relaxed);
             LEADERS.fetch_sub(1, Ordering::Relaxed);
+            self.0.open.store(false, Ordering::Relaxed);
             PLACE.set(Place::Outside);
         }
     }
-    let leaders = LEADERS.fetch_add(1, Ordering::Relaxed) + 1;
-    let end = End(TEAM.with(Arc::clone));
+    let team = TEAM.with(Arc::clone);
+    // Before this is a leader: helpers that see one look whether it is theirs.
+    team.open.store(true, Ordering::Relaxed);
+    let leaders = LEADERS.fetch_add(1, Ordering::Release) + 1;
+    let end = End(team);
     PLACE.set(Place::Leading);
     let team = &end.0;
-    team.open.store(true, Ordering::Relaxed);
     let pool = match pool {
         Some(_) => pool,
         None => shared(),
@@ -87,7 +92,8 @@ pub(crate) fn lead_on<R>(pool: Option<&ThreadPool>, f: impl FnOnce() -> R) -> R 
     for _ in team.helpers.load(Ordering::Relaxed)..threads.saturating_sub(leaders) {
         team.helpers.fetch_add(1, Ordering::Relaxed);
         let team = Arc::clone(team);
-        let help = move || team.help();
+        let grace = if pool.is_some() { GRACE } else { GRACE_OF_GUESTS };
+        let help = move || team.help(grace);
         match pool {
             Some(pool) => pool.spawn(help),
             None => rayon::spawn(help),
@@ -186,7 +192,7 @@ impl Team {
         true
     }
 
-    fn help(&self) {
+    fn help(&self, grace: Duration) {
         PLACE.set(Place::Task);
         let (mut since, mut spins) = (Instant::now(), 0u32);
         loop {
@@ -195,9 +201,10 @@ impl Team {
             } else {
                 wait(&mut spins);
                 if spins.is_multiple_of(32) {
+                    let is_any_led = LEADERS.load(Ordering::Acquire) > 0;
                     if self.open.load(Ordering::Relaxed) {
                         since = Instant::now();
-                    } else if since.elapsed() > GRACE {
+                    } else if is_any_led || since.elapsed() > grace {
                         break;
                     }
                 }

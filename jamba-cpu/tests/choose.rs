@@ -48,15 +48,17 @@ fn tokens_are_those_of_the_host_on_one_thread_and_on_several() {
 /// The host says why.
 #[test]
 fn a_row_without_a_choice_or_a_token_is_left_to_the_host() {
-    let mut values = logits(4);
+    let mut values = logits(5);
     values[VOCAB] = f32::NAN;
     values[2 * VOCAB..3 * VOCAB].fill(f32::NEG_INFINITY);
+    values[3 * VOCAB + 7] = f32::NEG_INFINITY;
     let backend = CpuBackend::new();
-    let mut x = backend.alloc(4, VOCAB).unwrap();
+    let mut x = backend.alloc(5, VOCAB).unwrap();
     backend.write(&mut x, &values).unwrap();
     let sampler = Sampler::new(Sampling::greedy(), VOCAB).unwrap();
     let choice = || Some(sampler.choice());
-    let chosen = backend.choose(&x, &[choice(), choice(), choice(), None, choice()]).unwrap();
+    let [a, b, c, d, e] = [choice(), choice(), choice(), choice(), choice()];
+    let chosen = backend.choose(&x, &[a, b, c, d, None, e]).unwrap();
     assert_eq!(chosen[0], Some(choice().unwrap().sample(&values[..VOCAB]).unwrap()));
-    assert_eq!(chosen[1..], [None; 4], "NaN, nothing possible, no choice, and no row");
+    assert_eq!(chosen[1..], [None; 5], "NaN, all and one -inf, no choice, and no row");
 }

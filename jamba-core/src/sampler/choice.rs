@@ -7,7 +7,7 @@ use super::{Sampled, Sampling};
 use crate::error::{Error, Result};
 
 /// What the choice of a token depends on beside its logits, so that whoever has the logits can make
-/// it: [`sample`](Self::sample) on the host, [`Backend::choose`](crate::Backend::choose) on a device.
+/// it: [`sample`](Self::sample), and [`Backend::choose`](crate::Backend::choose) where they are.
 #[derive(Clone, Copy, Debug)]
 pub struct Choice<'a> {
     /// The options.

@@ -12,7 +12,7 @@ use crate::simd::Simd;
 const STEP: usize = 32;
 /// Tiles of W that are multiplied together.
 const TILES: usize = 2;
-/// Tiles of W whose rows are read together, with 16 rows of x: each row is a stream of its own.
+/// Tiles of W whose sums with 16 rows of x are written together; a tile's rows are as far apart.
 const TOGETHER: usize = 16;
 /// Values in a cache line.
 const LINE: usize = 32;
@@ -359,7 +359,7 @@ unsafe fn two_by_one(w: Rows, x: *const bf16, width: usize, steps: usize, sums: 
 /// # Safety
 /// As for [`two_by_two`].
 unsafe fn one_by_one(w: Rows, x: *const bf16, width: usize, steps: usize, sums: &mut [f32]) {
-    debug_assert!(sums.len() >= ROWS * width);
+    assert!(sums.len() >= ROWS * width, "{} sums", sums.len());
     // SAFETY: the caller's; what is fetched need not be readable.
     unsafe {
         tiles!(
