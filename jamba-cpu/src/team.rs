@@ -108,11 +108,13 @@ fn shared() -> Option<&'static ThreadPool> {
     if rayon::current_thread_index().is_some() {
         return None;
     }
-    let name = |index| format!("jamba-cpu-{index}");
-    let asked = std::env::var("RAYON_NUM_THREADS").ok();
-    let cores = std::thread::available_parallelism().map_or(16, NonZeroUsize::get);
-    let threads = threads(asked.as_deref(), cores);
-    let build = || ThreadPoolBuilder::new().num_threads(threads).thread_name(name).build().ok();
+    let build = || {
+        let asked = std::env::var("RAYON_NUM_THREADS").ok();
+        let cores = std::thread::available_parallelism().map_or(16, NonZeroUsize::get);
+        let threads = threads(asked.as_deref(), cores);
+        let name = |index| format!("jamba-cpu-{index}");
+        ThreadPoolBuilder::new().num_threads(threads).thread_name(name).build().ok()
+    };
     POOL.get_or_init(build).as_ref()
 }
 
