@@ -174,7 +174,7 @@ impl Task<'_> {
             // Past the last key it stands in for those that are not there.
             let key = |j: usize| &self.keys[(keys.start + (i + j).min(n - 1)) * d..][..d];
             let four = [key(0), key(1), key(2), key(3)];
-            let products = tile::<_, M>(Widened(s, PhantomData), query, four, Turn::NEVER);
+            let products = tile::<_, M, TILE_N>(Widened(s, PhantomData), query, four, Turn::NEVER);
             let width = TILE_N.min(n - i);
             for (scores, products) in scores.iter_mut().zip(products) {
                 for (score, product) in scores[i..i + width].iter_mut().zip(products) {

@@ -27,8 +27,10 @@ const TASK: usize = 256 << 10;
 const TILED: usize = 768 << 10;
 /// Rows of x that stay in the last-level cache while all rows of W pass by.
 const PANEL: usize = 512;
-/// Bytes of a row of W from which on rows of one tile are read as streams of their own; four that are
-/// shorter follow one another as one.
+/// Streams of W that are multiplied together with one row of x.
+const STREAMS: usize = 2;
+/// Bytes of a row of W from which on those that are read together are streams of their own; shorter ones
+/// follow one another as one.
 const LONG: usize = 1024;
 /// Tiles of x that pass over a few rows of W together, at most.
 const FEW: usize = 4;
@@ -153,7 +155,7 @@ impl Products {
             // Up to two tiles of 16 rows are multiplied together, it takes a while to shape them, and
             // tiles are so fast that reading x again for each task takes longest.
             Isa::Amx(_) => (TILED, [32, 512], 32),
-            _ => (TASK, [16, 64], TILE_N),
+            _ => (TASK, [16, 256], TILE_N),
         };
         let rows = (task / (2 * k.max(1))).clamp(least, most);
         rows.min(n.div_ceil(8)).next_multiple_of(step).max(least)
@@ -168,12 +170,17 @@ trait Tiles {
     /// Rows of x, and of W.
     fn rows(&self) -> [usize; 2];
 
-    /// Whether the rows of W in a tile are of four quarters of it, which are read each from start to
-    /// end, and not neighbours.
-    fn has_quarters(&self) -> bool;
+    /// Whether the rows of W that are read together are streams, each from a part of it that is read from
+    /// start to end, and not neighbours.
+    fn has_streams(&self) -> bool;
 
     /// The products of M rows of x from number `m` on with these of W.
-    fn tile<const M: usize>(&self, m: usize, w: [usize; TILE_N], turn: Turn) -> [[f32; TILE_N]; M];
+    fn tile<const M: usize, const N: usize>(
+        &self,
+        m: usize,
+        w: [usize; N],
+        turn: Turn,
+    ) -> [[f32; N]; M];
 
     /// Writes all products, into the columns of `out` from `at` on.
     #[inline(always)]
@@ -184,9 +191,12 @@ trait Tiles {
         // each tile of them stays in the first-level cache while it passes over all rows of W, which
         // the first one has brought into the second.
         let is_few = tiles <= FEW;
+        let streams = self.has_streams();
+        if rows == 1 {
+            let (of_w, turn) = (0..n.div_ceil(STREAMS), Turn { tiles, turn: 0, streams });
+            return self.pass::<1, STREAMS>(0, of_w, turn, out, at);
+        }
         let tiles_of_w = n.div_ceil(TILE_N);
-        let quarters = self.has_quarters();
-        let (next, apart) = if quarters { (1, tiles_of_w) } else { (TILE_N, 1) };
         let width = if is_few { 1 } else { tiles_of_w };
         for first in (0..tiles_of_w).step_by(width.max(1)) {
             let (mut m, mut turn) = (0, 0);
@@ -194,24 +204,11 @@ trait Tiles {
                 ($m:literal) => {
                     while rows - m >= $m && $m <= Self::TILE_M {
                         let turn_of_tile = match is_few {
-                            true => Turn { tiles, turn, quarters },
-                            false if turn == 0 => Turn { tiles: 1, turn, quarters },
+                            true => Turn { tiles, turn, streams },
+                            false if turn == 0 => Turn { tiles: 1, turn, streams },
                             false => Turn::NEVER,
                         };
-                        for j in first..first + width {
-                            // Past the last row it stands in for those that are not there.
-                            let row = |i: usize| (j * next + i * apart).min(n - 1);
-                            let w = [row(0), row(1), row(2), row(3)];
-                            let sums = self.tile::<$m>(m, w, turn_of_tile);
-                            for (i, sums) in sums.iter().enumerate() {
-                                let out = &mut out.row(m + i)[at..at + n];
-                                match out[w[0]..].first_chunk_mut() {
-                                    // A copy of a known length is one store.
-                                    Some(out) if apart == 1 => *out = *sums,
-                                    _ => w.iter().zip(sums).for_each(|(w, sum)| out[*w] = *sum),
-                                }
-                            }
-                        }
+                        self.pass::<$m, TILE_N>(m, first..first + width, turn_of_tile, out, at);
                         turn += 1;
                         m += $m;
                     }
@@ -221,6 +218,33 @@ trait Tiles {
             tiles!(4);
             tiles!(2);
             tiles!(1);
+        }
+    }
+
+    /// Writes the products of M rows of x from number `m` on with some tiles of N rows of W.
+    #[inline(always)]
+    fn pass<const M: usize, const N: usize>(
+        &self,
+        m: usize,
+        of_w: std::ops::Range<usize>,
+        turn: Turn,
+        out: &mut Block<'_>,
+        at: usize,
+    ) {
+        let [_, n] = self.rows();
+        let (next, apart) = if turn.streams { (1, n.div_ceil(N)) } else { (N, 1) };
+        for j in of_w {
+            // Past the last row it stands in for those that are not there.
+            let w = std::array::from_fn(|i| (j * next + i * apart).min(n - 1));
+            let sums = self.tile::<M, N>(m, w, turn);
+            for (i, sums) in sums.iter().enumerate() {
+                let out = &mut out.row(m + i)[at..at + n];
+                match out[w[0]..].first_chunk_mut() {
+                    // A copy of a known length is one store.
+                    Some(out) if apart == 1 => *out = *sums,
+                    _ => w.iter().zip(sums).for_each(|(w, sum)| out[*w] = *sum),
+                }
+            }
         }
     }
 }
@@ -241,21 +265,25 @@ impl<D: Dots> Tiles for Stored<'_, D> {
     }
 
     #[inline(always)]
-    fn has_quarters(&self) -> bool {
+    fn has_streams(&self) -> bool {
         // Tiles that take turns fetch the rows of the next tile, which are one stream.
         self.x.rows <= D::TILE_M && size_of_val(self.w) / self.rows()[1].max(1) >= LONG
     }
 
     #[inline(always)]
-    fn tile<const M: usize>(&self, m: usize, w: [usize; TILE_N], turn: Turn) -> [[f32; TILE_N]; M] {
+    fn tile<const M: usize, const N: usize>(
+        &self,
+        m: usize,
+        w: [usize; N],
+        turn: Turn,
+    ) -> [[f32; N]; M] {
         let k = self.x.cols;
-        let row = |row: usize| &self.w[row * k..][..k];
-        let of_w = [row(w[0]), row(w[1]), row(w[2]), row(w[3])];
+        let of_w = w.map(|row| &self.w[row * k..][..k]);
         let mut of_x = [&[][..]; M];
         for (i, of_x) in of_x.iter_mut().enumerate() {
             *of_x = self.x.row(m + i);
         }
-        dots::tile(self.d, of_x, of_w, turn)
+        dots::tile::<_, M, N>(self.d, of_x, of_w, turn)
     }
 }
 
@@ -276,17 +304,22 @@ impl<D: Integers> Tiles for Integer<'_, D> {
     }
 
     #[inline(always)]
-    fn has_quarters(&self) -> bool {
+    fn has_streams(&self) -> bool {
         self.w.stride() >= LONG
     }
 
     #[inline(always)]
-    fn tile<const M: usize>(&self, m: usize, w: [usize; TILE_N], turn: Turn) -> [[f32; TILE_N]; M] {
+    fn tile<const M: usize, const N: usize>(
+        &self,
+        m: usize,
+        w: [usize; N],
+        turn: Turn,
+    ) -> [[f32; N]; M] {
         let mut of_x = [&[][..]; M];
         for (i, of_x) in of_x.iter_mut().enumerate() {
             *of_x = self.x.row(m + i);
         }
-        quantised::tile(self.d, of_x, self.w, w, turn)
+        quantised::tile::<_, M, N>(self.d, of_x, self.w, w, turn)
     }
 }
 

@@ -10,12 +10,12 @@ use bytemuck::Zeroable;
 
 use super::{Element, Simd};
 
-/// Rows of W in a tile.
+/// Rows of W in a tile, at most.
 pub(crate) const TILE_N: usize = 4;
 /// Values of f32 in a line of the cache.
 pub(crate) const LINE: usize = 16;
 /// Bytes between what is read of a stream and what is fetched meanwhile.
-const AHEAD: usize = 1024;
+const AHEAD: usize = 2048;
 /// Elements that any [`Dots`] takes at once at most.
 const MAX_STEP: usize = 32;
 
@@ -108,37 +108,30 @@ pub(crate) struct Turn {
     pub(crate) tiles: usize,
     /// Number of this tile.
     pub(crate) turn: usize,
-    /// Whether each row of W is followed by its next one, and not by that of the next tile.
-    pub(crate) quarters: bool,
+    /// Whether the rows of W that are read together are streams, each followed by its next one, and not
+    /// neighbours.
+    pub(crate) streams: bool,
 }
 
 impl Turn {
     /// No turn at all.
-    pub(crate) const NEVER: Self = Self { tiles: usize::MAX, turn: usize::MAX, quarters: false };
+    pub(crate) const NEVER: Self = Self { tiles: usize::MAX, turn: usize::MAX, streams: false };
 }
 
-/// The products of M rows of x and four rows of W, all of the same length. The rows of W that come
-/// next are fetched meanwhile.
+/// The products of M rows of x and N rows of W, at most [`TILE_N`], all of the same length. The rows of W
+/// that come next are fetched meanwhile.
 #[inline(always)]
-pub(crate) fn tile<D: Dots, const M: usize>(
+pub(crate) fn tile<D: Dots, const M: usize, const N: usize>(
     d: D,
     x: [&[D::X]; M],
-    w: [&[D::W]; TILE_N],
-    Turn { tiles, mut turn, quarters }: Turn,
-) -> [[f32; TILE_N]; M] {
+    w: [&[D::W]; N],
+    Turn { tiles, mut turn, streams }: Turn,
+) -> [[f32; N]; M] {
     let k = w[0].len();
-    let (mut equal, mut x_at) = (true, [std::ptr::null(); M]);
-    for (at, x) in x_at.iter_mut().zip(x) {
-        equal &= x.len() == k;
-        *at = x.as_ptr();
-    }
-    for w in w {
-        equal &= w.len() == k;
-    }
+    let equal = x.iter().all(|x| x.len() == k) && w.iter().all(|w| w.len() == k);
     assert!(equal, "rows of different lengths");
-    let w_at = [w[0].as_ptr(), w[1].as_ptr(), w[2].as_ptr(), w[3].as_ptr()];
-
-    let mut sums = [[d.zero(); TILE_N]; M];
+    let (x_at, w_at) = (x.map(<[_]>::as_ptr), w.map(<[_]>::as_ptr));
+    let mut sums = [[d.zero(); N]; M];
     let full = k - k % D::STEP;
     let mut i = 0;
     while i < full {
@@ -147,10 +140,10 @@ pub(crate) fn tile<D: Dots, const M: usize>(
         if turn == 0 {
             turn = tiles;
             for w in w_at {
-                if quarters {
+                if streams {
                     prefetch_stream(w.wrapping_add(i));
                 } else {
-                    prefetch(w.wrapping_add(TILE_N * k + i));
+                    prefetch(w.wrapping_add(N * k + i));
                 }
             }
         }
@@ -160,58 +153,58 @@ pub(crate) fn tile<D: Dots, const M: usize>(
     if full < k {
         const { assert!(D::STEP <= MAX_STEP) };
         let mut x_rest = [[D::X::zeroed(); MAX_STEP]; M];
-        let mut w_rest = [[D::W::zeroed(); MAX_STEP]; TILE_N];
-        for ((at, to), x) in x_at.iter_mut().zip(&mut x_rest).zip(x) {
+        let mut w_rest = [[D::W::zeroed(); MAX_STEP]; N];
+        for (to, x) in x_rest.iter_mut().zip(x) {
             to[..k - full].copy_from_slice(&x[full..]);
-            *at = to.as_ptr();
         }
         for (to, w) in w_rest.iter_mut().zip(w) {
             to[..k - full].copy_from_slice(&w[full..]);
         }
-        let [a, b, c, e] = &w_rest;
+        let (mut x_at, mut w_at) = (x_at, w_at);
+        x_at.iter_mut().zip(&x_rest).for_each(|(at, rest)| *at = rest.as_ptr());
+        w_at.iter_mut().zip(&w_rest).for_each(|(at, rest)| *at = rest.as_ptr());
         // SAFETY: they are MAX_STEP elements long.
-        unsafe {
-            step(d, x_at, [a.as_ptr(), b.as_ptr(), c.as_ptr(), e.as_ptr()], 0, &mut sums);
-        }
+        unsafe { step(d, x_at, w_at, 0, &mut sums) };
     }
-    let mut out = [[0.0; TILE_N]; M];
-    for (out, sums) in out.iter_mut().zip(sums) {
-        *out = d.sum4(sums);
+    // Not by a function of the whole array, which would go through memory.
+    let mut out = [[0.0; N]; M];
+    for m in 0..M {
+        out[m] = sum(sums[m], d.zero(), |four| d.sum4(four));
     }
     out
 }
 
-/// Adds the products of the elements from number `i` on of every pair of rows. Written out, because
-/// a loop over vectors in an array goes through memory.
+/// Adds the lanes of each of N vectors, at most four, by what does so for four.
+#[inline(always)]
+pub(super) fn sum<V: Copy, const N: usize>(
+    vectors: [V; N],
+    zero: V,
+    sum4: impl Fn([V; TILE_N]) -> [f32; TILE_N],
+) -> [f32; N] {
+    const { assert!(N <= TILE_N) };
+    let four = sum4(std::array::from_fn(|n| if n < N { vectors[n] } else { zero }));
+    std::array::from_fn(|n| four[n])
+}
+
+/// Adds the products of the elements from number `i` on of every pair of rows.
 ///
 /// # Safety
 /// [`Dots::STEP`] elements must be readable there.
 #[inline(always)]
-unsafe fn step<D: Dots, const M: usize>(
+unsafe fn step<D: Dots, const M: usize, const N: usize>(
     d: D,
     x: [*const D::X; M],
-    w: [*const D::W; TILE_N],
+    w: [*const D::W; N],
     i: usize,
-    sums: &mut [[D::Sum; TILE_N]; M],
+    sums: &mut [[D::Sum; N]; M],
 ) {
-    // SAFETY: the caller's, for this and all below.
-    let w0 = unsafe { d.load(w[0].wrapping_add(i)) };
-    // SAFETY: as above.
-    let w1 = unsafe { d.load(w[1].wrapping_add(i)) };
-    // SAFETY: as above.
-    let w2 = unsafe { d.load(w[2].wrapping_add(i)) };
-    // SAFETY: as above.
-    let w3 = unsafe { d.load(w[3].wrapping_add(i)) };
+    // SAFETY: the caller's.
+    let w = w.map(|w| unsafe { d.load(w.wrapping_add(i)) });
     for m in 0..M {
-        let (x, sums) = (x[m].wrapping_add(i), &mut sums[m]);
-        // SAFETY: as above.
-        sums[0] = unsafe { d.dot(x, w0, sums[0]) };
-        // SAFETY: as above.
-        sums[1] = unsafe { d.dot(x, w1, sums[1]) };
-        // SAFETY: as above.
-        sums[2] = unsafe { d.dot(x, w2, sums[2]) };
-        // SAFETY: as above.
-        sums[3] = unsafe { d.dot(x, w3, sums[3]) };
+        for n in 0..N {
+            // SAFETY: the caller's.
+            sums[m][n] = unsafe { d.dot(x[m].wrapping_add(i), w[n], sums[m][n]) };
+        }
     }
 }
 
@@ -229,15 +222,8 @@ pub(crate) fn prefetch<T>(at: *const T) {
 }
 
 /// Asks for what comes [`AHEAD`] bytes after an address, in memory that is read from one end to the
-/// other: it need come no nearer than the second-level cache.
+/// other.
 #[inline(always)]
 pub(crate) fn prefetch_stream<T>(at: *const T) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: as above.
-    unsafe {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T1>(at.wrapping_byte_add(AHEAD).cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = at;
+    prefetch(at.wrapping_byte_add(AHEAD));
 }

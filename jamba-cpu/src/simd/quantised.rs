@@ -7,23 +7,26 @@
 use jamba_core::Packing;
 
 use super::Simd;
-use super::dots::{TILE_N, Turn, prefetch, prefetch_stream};
+use super::dots::{self, Turn, prefetch, prefetch_stream};
 use super::integers::Integers;
 use crate::packed::{Group, LANES, PackedRows, STEP, block_bytes};
 
-/// The products of M rows of x and four rows of W, which are given by number. What comes after
-/// each row is fetched meanwhile.
+/// Scales of a row between those that are read and those that are fetched meanwhile.
+const SCALES_AHEAD: usize = 256;
+
+/// The products of M rows of x and N rows of W, which are given by number. What comes after each row is
+/// fetched meanwhile.
 #[inline(always)]
-pub(crate) fn tile<D: Integers, const M: usize>(
+pub(crate) fn tile<D: Integers, const M: usize, const N: usize>(
     d: D,
     x: [&[Group]; M],
     w: PackedRows<'_>,
-    rows: [usize; TILE_N],
+    rows: [usize; N],
     turn: Turn,
-) -> [[f32; TILE_N]; M] {
+) -> [[f32; N]; M] {
     let mut out = match w.packing {
-        Packing::Int4Block => sums::<D, M, true>(d, x, w, rows, turn),
-        Packing::Int8Row | Packing::Int8Block => sums::<D, M, false>(d, x, w, rows, turn),
+        Packing::Int4Block => sums::<D, M, N, true>(d, x, w, rows, turn),
+        Packing::Int8Row | Packing::Int8Block => sums::<D, M, N, false>(d, x, w, rows, turn),
     };
     if !w.row_scales.is_empty() {
         for out in &mut out {
@@ -37,33 +40,27 @@ pub(crate) fn tile<D: Integers, const M: usize>(
 
 /// As [`tile`], without the scales of rows.
 #[inline(always)]
-fn sums<D: Integers, const M: usize, const FOUR_BITS: bool>(
+fn sums<D: Integers, const M: usize, const N: usize, const FOUR_BITS: bool>(
     d: D,
     x: [&[Group]; M],
     w: PackedRows<'_>,
-    rows: [usize; TILE_N],
+    rows: [usize; N],
     Turn { tiles, mut turn, .. }: Turn,
-) -> [[f32; TILE_N]; M] {
+) -> [[f32; N]; M] {
     /// Scales of a row that has none in its groups.
     const ONES: &[u16; LANES] = &[0x3f80; LANES];
+    let equal = x.iter().all(|x| x.len() == w.blocks.div_ceil(LANES));
+    assert!(equal, "rows of different lengths");
     let s = d.simd();
     let (whole, rest) = (w.blocks / LANES, w.blocks % LANES);
     let bytes = block_bytes(w.packing) * LANES;
     let (stride, by_row) = (w.stride(), !w.row_scales.is_empty());
-    let mut equal = true;
-    for x in x {
-        equal &= x.len() == w.blocks.div_ceil(LANES);
-    }
-    assert!(equal, "rows of different lengths");
-    let mut quants = [w.quants.as_ptr(); TILE_N];
-    let mut scales = [ONES.as_ptr(); TILE_N];
-    for n in 0..TILE_N {
-        quants[n] = w.quants[rows[n] * stride..][..stride].as_ptr();
-        if !by_row {
-            scales[n] = w.block_scales[rows[n] * w.blocks..][..w.blocks].as_ptr();
-        }
-    }
-    let mut lanes = [[s.splat(0.0); TILE_N]; M];
+    let quants = rows.map(|row| w.quants[row * stride..][..stride].as_ptr());
+    let scales = rows.map(|row| match by_row {
+        true => ONES.as_ptr(),
+        false => w.block_scales[row * w.blocks..][..w.blocks].as_ptr(),
+    });
+    let mut lanes = [[s.splat(0.0); N]; M];
     for g in 0..whole {
         debug_assert!((g + 1) * bytes <= stride, "group {g} of rows of {stride} bytes");
         let at = quants.map(|q| q.wrapping_add(g * bytes));
@@ -72,37 +69,35 @@ fn sums<D: Integers, const M: usize, const FOUR_BITS: bool>(
         if fetches {
             turn = tiles;
             if !by_row {
-                scales.iter().for_each(|scales| prefetch(scales.wrapping_add(w.blocks)));
+                scales.iter().for_each(|scales| prefetch(scales.wrapping_add(SCALES_AHEAD)));
             }
         }
         turn -= 1;
         // SAFETY: every row of W has this group, and x too.
         unsafe {
-            group::<D, M, FOUR_BITS, true>(d, x, g, at, scales, (LANES, fetches), &mut lanes)
-        };
+            group::<D, M, N, FOUR_BITS, true>(d, x, g, at, scales, (LANES, fetches), &mut lanes);
+        }
     }
     if rest > 0 {
         debug_assert_eq!(whole * bytes + rest * block_bytes(w.packing), stride);
         let at = quants.map(|q| q.wrapping_add(whole * bytes));
-        let mut padded = [[0; LANES]; TILE_N];
-        for n in 0..TILE_N {
-            let of_row = if by_row {
-                &ONES[..rest]
-            } else {
-                &w.block_scales[rows[n] * w.blocks + whole * LANES..][..rest]
-            };
-            padded[n][..rest].copy_from_slice(of_row);
-        }
-        let scales =
-            [padded[0].as_ptr(), padded[1].as_ptr(), padded[2].as_ptr(), padded[3].as_ptr()];
+        let scales = scales.map(|s| s.wrapping_add(if by_row { 0 } else { whole * LANES }));
         // SAFETY: the rest of each row has this many blocks, and x has the group.
         unsafe {
-            group::<D, M, FOUR_BITS, false>(d, x, whole, at, scales, (rest, false), &mut lanes)
-        };
+            group::<D, M, N, FOUR_BITS, false>(
+                d,
+                x,
+                whole,
+                at,
+                scales,
+                (rest, turn == 0),
+                &mut lanes,
+            );
+        }
     }
-    let mut out = [[0.0; TILE_N]; M];
+    let mut out = [[0.0; N]; M];
     for m in 0..M {
-        out[m] = s.sum4(lanes[m]);
+        out[m] = dots::sum(lanes[m], s.splat(0.0), |four| s.sum4(four));
     }
     out
 }
@@ -111,17 +106,23 @@ fn sums<D: Integers, const M: usize, const FOUR_BITS: bool>(
 /// is fetched meanwhile if asked for, line by line, which is faster than all at once.
 ///
 /// # Safety
-/// Each of `quants` must have the bytes of so many blocks, each of `scales` 16 of them, and each row
-/// of x the group.
+/// Each of `quants` must have the bytes of so many blocks, each of `scales` as many, and each row of x
+/// the group.
 #[inline(always)]
-unsafe fn group<D: Integers, const M: usize, const FOUR_BITS: bool, const WHOLE: bool>(
+unsafe fn group<
+    D: Integers,
+    const M: usize,
+    const N: usize,
+    const FOUR_BITS: bool,
+    const WHOLE: bool,
+>(
     d: D,
     x: [&[Group]; M],
     g: usize,
-    quants: [*const u8; TILE_N],
-    scales: [*const u16; TILE_N],
+    quants: [*const u8; N],
+    scales: [*const u16; N],
     (blocks, fetches): (usize, bool),
-    lanes: &mut [[<D::S as Simd>::F; TILE_N]; M],
+    lanes: &mut [[<D::S as Simd>::F; N]; M],
 ) {
     let s = d.simd();
     let blocks = if WHOLE { LANES } else { blocks };
@@ -136,15 +137,15 @@ unsafe fn group<D: Integers, const M: usize, const FOUR_BITS: bool, const WHOLE:
         }
         // SAFETY: the row has the group.
         let x = x.map(|x| unsafe { x.get_unchecked(g) });
-        let mut sums = [[d.zero(); TILE_N]; M];
+        let mut sums = [[d.zero(); N]; M];
         for m in 0..M {
             // SAFETY: a group has 16 of them.
             let minus = unsafe { d.load_bytes(x[m].minus[first..].as_ptr().cast()) };
-            sums[m] = [if FOUR_BITS { d.start4(minus) } else { d.start8(minus) }; TILE_N];
+            sums[m] = [if FOUR_BITS { d.start4(minus) } else { d.start8(minus) }; N];
         }
         for i in 0..steps {
-            let mut w = [d.zero(); TILE_N];
-            for n in 0..TILE_N {
+            let mut w = [d.zero(); N];
+            for n in 0..N {
                 let at = quants[n].wrapping_add((i * blocks + first) * STEP);
                 w[n] = if WHOLE {
                     // SAFETY: a whole group has 16 lanes in each of its vectors.
@@ -164,30 +165,35 @@ unsafe fn group<D: Integers, const M: usize, const FOUR_BITS: bool, const WHOLE:
                     let low = unsafe { d.load_bytes(at(2 * i)) };
                     // SAFETY: as above.
                     let high = unsafe { d.load_bytes(at(2 * i + 1)) };
-                    for n in 0..TILE_N {
+                    for n in 0..N {
                         sums[m][n] = d.dot4(d.low_bits(w[n]), low, sums[m][n]);
                     }
-                    for n in 0..TILE_N {
+                    for n in 0..N {
                         sums[m][n] = d.dot4(d.high_bits(w[n]), high, sums[m][n]);
                     }
                 } else {
                     // SAFETY: as above.
                     let x = unsafe { d.load_bytes(at(i)) };
-                    for n in 0..TILE_N {
+                    for n in 0..N {
                         sums[m][n] = d.dot8(w[n], x, sums[m][n]);
                     }
                 }
             }
         }
-        let mut w_scales = [s.splat(0.0); TILE_N];
-        for n in 0..TILE_N {
-            // SAFETY: there are 16 of them.
-            let of_w = unsafe { std::slice::from_raw_parts(scales[n].wrapping_add(first), width) };
-            w_scales[n] = s.load_bf16(of_w);
+        let mut w_scales = [s.splat(0.0); N];
+        for n in 0..N {
+            let at = scales[n].wrapping_add(first);
+            w_scales[n] = if WHOLE {
+                // SAFETY: there are 16 of them.
+                s.load_bf16(unsafe { std::slice::from_raw_parts(at, width) })
+            } else {
+                // SAFETY: so many are left.
+                unsafe { d.load_some_bf16(at, blocks - first) }
+            };
         }
         for m in 0..M {
             let x_scales = s.load(&x[m].scales[first..first + width]);
-            for n in 0..TILE_N {
+            for n in 0..N {
                 let scale = s.mul(w_scales[n], x_scales);
                 lanes[m][n] = s.fma(d.convert(sums[m][n]), scale, lanes[m][n]);
             }
