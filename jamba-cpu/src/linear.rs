@@ -27,8 +27,8 @@ const TASK: usize = 256 << 10;
 const TILED: usize = 768 << 10;
 /// Rows of x that stay in the last-level cache while all rows of W pass by.
 const PANEL: usize = 512;
-/// Streams of W that are multiplied together with one row of x.
-const STREAMS: usize = 2;
+/// Rows of W in a tile of one row of x: with more streams at a time each of them is read slower.
+const SINGLE_N: usize = 2;
 /// Bytes of a row of W from which on those that are read together are streams of their own; shorter ones
 /// follow one another as one.
 const LONG: usize = 1024;
@@ -150,15 +150,15 @@ impl Products {
 
     /// Rows of W that one task works on: enough tasks for the threads to end at the same time.
     pub(crate) fn task_rows(self, k: usize, n: usize) -> usize {
-        let (task, [least, most], step) = match self.isa {
+        let (task, [least, most], step, parts) = match self.isa {
             #[cfg(target_arch = "x86_64")]
             // Up to two tiles of 16 rows are multiplied together, it takes a while to shape them, and
             // tiles are so fast that reading x again for each task takes longest.
-            Isa::Amx(_) => (TILED, [32, 512], 32),
-            _ => (TASK, [16, 256], TILE_N),
+            Isa::Amx(_) => (TILED, [32, 512], 32, 8),
+            _ => (TASK, [16, 256], TILE_N, 16),
         };
         let rows = (task / (2 * k.max(1))).clamp(least, most);
-        rows.min(n.div_ceil(8)).next_multiple_of(step).max(least)
+        rows.min(n.div_ceil(parts)).next_multiple_of(step).max(least)
     }
 }
 
@@ -193,8 +193,8 @@ trait Tiles {
         let is_few = tiles <= FEW;
         let streams = self.has_streams();
         if rows == 1 {
-            let (of_w, turn) = (0..n.div_ceil(STREAMS), Turn { tiles, turn: 0, streams });
-            return self.pass::<1, STREAMS>(0, of_w, turn, out, at);
+            let (of_w, turn) = (0..n.div_ceil(SINGLE_N), Turn { tiles, turn: 0, streams });
+            return self.pass::<1, SINGLE_N>(0, of_w, turn, out, at);
         }
         let tiles_of_w = n.div_ceil(TILE_N);
         let width = if is_few { 1 } else { tiles_of_w };

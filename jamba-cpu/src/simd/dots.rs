@@ -1,6 +1,6 @@
 //! Dot products along contiguous memory: the inner loop of every matrix product.
 //!
-//! M rows of x and four rows of W at a time share their loads. Each product is one chain of
+//! M rows of x and N rows of W at a time share their loads. Each product is one chain of
 //! multiply-adds in each lane and one fixed tree over the lanes, whatever the tile it is in: its
 //! bits do not depend on which other rows are in the batch.
 
@@ -114,7 +114,7 @@ pub(crate) struct Turn {
 }
 
 impl Turn {
-    /// No turn at all.
+    /// No turn at all, over neighbours.
     pub(crate) const NEVER: Self = Self { tiles: usize::MAX, turn: usize::MAX, streams: false };
 }
 
@@ -166,7 +166,7 @@ pub(crate) fn tile<D: Dots, const M: usize, const N: usize>(
         // SAFETY: they are MAX_STEP elements long.
         unsafe { step(d, x_at, w_at, 0, &mut sums) };
     }
-    // Not by a function of the whole array, which would go through memory.
+    // By number, as in `step`.
     let mut out = [[0.0; N]; M];
     for m in 0..M {
         out[m] = sum(sums[m], d.zero(), |four| d.sum4(four));
@@ -179,10 +179,11 @@ pub(crate) fn tile<D: Dots, const M: usize, const N: usize>(
 pub(super) fn sum<V: Copy, const N: usize>(
     vectors: [V; N],
     zero: V,
-    sum4: impl Fn([V; TILE_N]) -> [f32; TILE_N],
+    sum4: impl FnOnce([V; TILE_N]) -> [f32; TILE_N],
 ) -> [f32; N] {
     const { assert!(N <= TILE_N) };
-    let four = sum4(std::array::from_fn(|n| if n < N { vectors[n] } else { zero }));
+    let at = |n: usize| if n < N { vectors[n] } else { zero };
+    let four = sum4([at(0), at(1), at(2), at(3)]);
     std::array::from_fn(|n| four[n])
 }
 
@@ -198,12 +199,18 @@ unsafe fn step<D: Dots, const M: usize, const N: usize>(
     i: usize,
     sums: &mut [[D::Sum; N]; M],
 ) {
+    // By number and not by `map`: a function of an array of vectors that is not inlined takes them through
+    // memory, and without the instructions of `vectorize`.
     // SAFETY: the caller's.
-    let w = w.map(|w| unsafe { d.load(w.wrapping_add(i)) });
+    let mut v = [unsafe { d.load(w[0].wrapping_add(i)) }; N];
+    for n in 1..N {
+        // SAFETY: as above.
+        v[n] = unsafe { d.load(w[n].wrapping_add(i)) };
+    }
     for m in 0..M {
         for n in 0..N {
-            // SAFETY: the caller's.
-            sums[m][n] = unsafe { d.dot(x[m].wrapping_add(i), w[n], sums[m][n]) };
+            // SAFETY: as above.
+            sums[m][n] = unsafe { d.dot(x[m].wrapping_add(i), v[n], sums[m][n]) };
         }
     }
 }

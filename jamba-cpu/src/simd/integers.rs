@@ -27,19 +27,6 @@ pub(crate) trait Integers: Copy + Send + Sync {
     /// # Safety
     /// The bytes of `lanes` lanes, of one at least, must be readable at `from`.
     unsafe fn load_some(self, from: *const u8, lanes: usize) -> Self::I;
-    /// As [`load_some`](Self::load_some), from bf16 bits to f32.
-    ///
-    /// # Safety
-    /// `lanes` of them, or a whole vector, must be readable at `from`.
-    #[inline(always)]
-    unsafe fn load_some_bf16(self, from: *const u16, lanes: usize) -> <Self::S as Simd>::F {
-        let mut all = [0; 16];
-        for (i, to) in all.iter_mut().enumerate().take(lanes.min(Self::S::LANES)) {
-            // SAFETY: the caller's.
-            *to = unsafe { from.wrapping_add(i).read() };
-        }
-        self.simd().load_bf16(&all)
-    }
     /// Where sums of [`dot8`](Self::dot8) begin, for minus the sums of x.
     fn start8(self, minus: Self::I) -> Self::I;
     /// Where sums of [`dot4`](Self::dot4) begin, whose weights are 8 too large.
@@ -184,13 +171,6 @@ mod x86 {
         }
 
         #[inline(always)]
-        unsafe fn load_some_bf16(self, from: *const u16, lanes: usize) -> __m512 {
-            let mask = (0xffff_u32 >> 16usize.saturating_sub(lanes)) as __mmask16;
-            let bits = intrinsic!(_mm256_maskz_loadu_epi16(mask, from.cast()));
-            intrinsic!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits))))
-        }
-
-        #[inline(always)]
         fn start8(self, _minus: __m512i) -> __m512i {
             self.zero()
         }
@@ -264,12 +244,6 @@ mod x86 {
         unsafe fn load_some(self, from: *const u8, lanes: usize) -> __m512i {
             // SAFETY: the caller's.
             unsafe { self.avx512().load_some(from, lanes) }
-        }
-
-        #[inline(always)]
-        unsafe fn load_some_bf16(self, from: *const u16, lanes: usize) -> __m512 {
-            // SAFETY: the caller's.
-            unsafe { self.avx512().load_some_bf16(from, lanes) }
         }
 
         #[inline(always)]

@@ -94,6 +94,17 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         self.load(&padded)
     }
 
+    /// As [`load_bf16`](Self::load_bf16), as many as there are; the other lanes are zero.
+    #[inline(always)]
+    fn load_bf16_partial(self, v: &[u16]) -> Self::F {
+        if v.len() >= Self::LANES {
+            return self.load_bf16(v);
+        }
+        let mut padded = [0; 16];
+        padded[..v.len()].copy_from_slice(v);
+        self.load_bf16(&padded)
+    }
+
     /// As [`store`](Self::store), as many as fit.
     #[inline(always)]
     fn store_partial(self, v: Self::F, to: &mut [f32]) {

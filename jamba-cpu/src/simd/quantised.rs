@@ -11,7 +11,7 @@ use super::dots::{self, Turn, prefetch, prefetch_stream};
 use super::integers::Integers;
 use crate::packed::{Group, LANES, PackedRows, STEP, block_bytes};
 
-/// Scales of a row between those that are read and those that are fetched meanwhile.
+/// Scales between those that are read and those that are fetched meanwhile.
 const SCALES_AHEAD: usize = 256;
 
 /// The products of M rows of x and N rows of W, which are given by number. What comes after each row is
@@ -63,37 +63,21 @@ fn sums<D: Integers, const M: usize, const N: usize, const FOUR_BITS: bool>(
     let mut lanes = [[s.splat(0.0); N]; M];
     for g in 0..whole {
         debug_assert!((g + 1) * bytes <= stride, "group {g} of rows of {stride} bytes");
-        let at = quants.map(|q| q.wrapping_add(g * bytes));
-        let scales = scales.map(|s| s.wrapping_add(if by_row { 0 } else { g * LANES }));
-        let fetches = turn == 0;
-        if fetches {
-            turn = tiles;
-            if !by_row {
-                scales.iter().for_each(|scales| prefetch(scales.wrapping_add(SCALES_AHEAD)));
-            }
-        }
-        turn -= 1;
+        let quants = quants.map(|at| at.wrapping_add(g * bytes));
+        let scales = scales.map(|at| at.wrapping_add(if by_row { 0 } else { g * LANES }));
+        let of = (LANES, turn == 0);
         // SAFETY: every row of W has this group, and x too.
-        unsafe {
-            group::<D, M, N, FOUR_BITS, true>(d, x, g, at, scales, (LANES, fetches), &mut lanes);
-        }
+        unsafe { group::<D, M, N, FOUR_BITS, true>(d, x, g, quants, scales, of, &mut lanes) };
+        turn = if turn == 0 { tiles } else { turn } - 1;
     }
     if rest > 0 {
         debug_assert_eq!(whole * bytes + rest * block_bytes(w.packing), stride);
-        let at = quants.map(|q| q.wrapping_add(whole * bytes));
-        let scales = scales.map(|s| s.wrapping_add(if by_row { 0 } else { whole * LANES }));
+        let quants = quants.map(|at| at.wrapping_add(whole * bytes));
+        let scales = scales.map(|at| at.wrapping_add(if by_row { 0 } else { whole * LANES }));
+        // Of one row of x alone: with more, there is enough to do meanwhile.
+        let of = (rest, M == 1 && turn == 0);
         // SAFETY: the rest of each row has this many blocks, and x has the group.
-        unsafe {
-            group::<D, M, N, FOUR_BITS, false>(
-                d,
-                x,
-                whole,
-                at,
-                scales,
-                (rest, turn == 0),
-                &mut lanes,
-            );
-        }
+        unsafe { group::<D, M, N, FOUR_BITS, false>(d, x, whole, quants, scales, of, &mut lanes) };
     }
     let mut out = [[0.0; N]; M];
     for m in 0..M {
@@ -181,15 +165,14 @@ unsafe fn group<
             }
         }
         let mut w_scales = [s.splat(0.0); N];
+        let left = if WHOLE { width } else { width.min(blocks - first) };
         for n in 0..N {
-            let at = scales[n].wrapping_add(first);
-            w_scales[n] = if WHOLE {
-                // SAFETY: there are 16 of them.
-                s.load_bf16(unsafe { std::slice::from_raw_parts(at, width) })
-            } else {
-                // SAFETY: so many are left.
-                unsafe { d.load_some_bf16(at, blocks - first) }
-            };
+            if fetches {
+                prefetch(scales[n].wrapping_add(SCALES_AHEAD));
+            }
+            // SAFETY: so many are left of it.
+            let of_w = unsafe { std::slice::from_raw_parts(scales[n].wrapping_add(first), left) };
+            w_scales[n] = s.load_bf16_partial(of_w);
         }
         for m in 0..M {
             let x_scales = s.load(&x[m].scales[first..first + width]);

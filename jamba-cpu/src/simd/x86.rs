@@ -144,6 +144,13 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn load_bf16_partial(self, v: &[u16]) -> __m512 {
+        let mask = (0xffff_u32 >> 16usize.saturating_sub(v.len())) as __mmask16;
+        let bits = intrinsic!(_mm256_maskz_loadu_epi16(mask, v.as_ptr().cast()));
+        intrinsic!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits))))
+    }
+
+    #[inline(always)]
     fn load_f16(self, v: &[u16]) -> __m512 {
         let v = &v[..16];
         let bits = intrinsic!(_mm256_loadu_si256(v.as_ptr().cast()));
