@@ -39,8 +39,59 @@ pub(crate) struct Columns<'a> {
     rows: usize,
     stride: usize,
     cols: usize,
-    width: usize,
+    cut: Cut,
     borrowed: PhantomData<&'a mut [f32]>,
+}
+
+/// How columns are cut into blocks.
+#[derive(Clone, Copy)]
+enum Cut {
+    /// As wide as one another.
+    Even(usize),
+    /// Each a part of what is left for so many threads, so that few have to begin and all end together.
+    Shrinking(usize),
+}
+
+/// Columns that blocks which shrink are multiples of, and have at least.
+const STEP: usize = 16;
+
+impl Cut {
+    /// Columns of the block that begins where `left` of `cols` are left.
+    fn width(self, cols: usize, left: usize) -> usize {
+        let width = match self {
+            Self::Even(width) => width,
+            Self::Shrinking(0..=1) => left,
+            Self::Shrinking(threads) => {
+                (left / (2 * threads)).max(cols.div_ceil(64)).next_multiple_of(STEP).max(STEP)
+            }
+        };
+        width.min(left)
+    }
+
+    /// Where block number `index` begins.
+    fn start(self, cols: usize, index: usize) -> usize {
+        match self {
+            Self::Even(width) => (index * width).min(cols),
+            Self::Shrinking(_) => {
+                (0..index).fold(0, |start, _| start + self.width(cols, cols - start))
+            }
+        }
+    }
+
+    /// Number of blocks.
+    fn len(self, cols: usize) -> usize {
+        match self {
+            Self::Even(width) => cols.div_ceil(width),
+            Self::Shrinking(_) => {
+                let (mut start, mut len) = (0, 0);
+                while start < cols {
+                    start += self.width(cols, cols - start);
+                    len += 1;
+                }
+                len
+            }
+        }
+    }
 }
 
 // SAFETY: it stands for the `&mut [f32]` that it was made from, which is Send and Sync.
@@ -52,12 +103,21 @@ impl<'a> Columns<'a> {
     /// Rows of `stride` values, of which the first `cols` are cut into blocks of `width`.
     pub(crate) fn new(values: &'a mut [f32], stride: usize, cols: usize, width: usize) -> Self {
         assert!(cols <= stride && width > 0, "{cols} columns of {stride} in blocks of {width}");
+        Self::cut(values, stride, cols, Cut::Even(width))
+    }
+
+    /// Rows of `cols` values, cut into blocks for the threads of this step: wide ones first.
+    pub(crate) fn shrinking(values: &'a mut [f32], cols: usize) -> Self {
+        Self::cut(values, cols, cols, Cut::Shrinking(team::members()))
+    }
+
+    fn cut(values: &'a mut [f32], stride: usize, cols: usize, cut: Cut) -> Self {
         let rows = values.len().checked_div(stride).unwrap_or(0);
-        Self { values: values.as_mut_ptr(), rows, stride, cols, width, borrowed: PhantomData }
+        Self { values: values.as_mut_ptr(), rows, stride, cols, cut, borrowed: PhantomData }
     }
 
     fn len(&self) -> usize {
-        self.cols.div_ceil(self.width)
+        self.cut.len(self.cols)
     }
 
     /// Block number `index` of some rows.
@@ -65,14 +125,14 @@ impl<'a> Columns<'a> {
     /// # Safety
     /// No other block that lives may have any of its elements.
     unsafe fn block(&self, rows: Range<usize>, index: usize) -> Block<'_> {
-        let start = index * self.width;
+        let start = self.cut.start(self.cols, index);
         debug_assert!(rows.start <= rows.end && rows.end <= self.rows, "{rows:?} of {}", self.rows);
         debug_assert!(start < self.cols, "column {start} of {}", self.cols);
         Block {
             values: self.values.wrapping_add(rows.start * self.stride),
             rows: rows.len(),
             stride: self.stride,
-            cols: start..(start + self.width).min(self.cols),
+            cols: start..start + self.cut.width(self.cols, self.cols - start),
             borrowed: PhantomData,
         }
     }
@@ -200,5 +260,30 @@ fn run(tasks: usize, parallel: bool, f: impl Fn(usize) + Sync) {
         team::lead(|| team::run(tasks, f));
     } else {
         (0..tasks).for_each(f);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_that_shrink_are_all_columns_once() {
+        for threads in [1, 2, 3, 8, 64] {
+            for cols in [0, 1, 16, 17, 160, 2560, 10_240, 65_537] {
+                let cut = Cut::Shrinking(threads);
+                let (mut start, mut last) = (0, usize::MAX);
+                for index in 0..cut.len(cols) {
+                    assert_eq!(cut.start(cols, index), start, "{threads} threads, {cols} columns");
+                    let width = cut.width(cols, cols - start);
+                    assert!(0 < width && width <= last, "{width} after {last}");
+                    (start, last) = (start + width, width);
+                }
+                assert_eq!(start, cols, "{threads} threads");
+                assert!(cut.len(cols) <= 64, "{threads} threads, {cols} columns");
+                let share = cols.div_ceil(threads.min(64)).next_multiple_of(STEP);
+                assert!(cut.width(cols, cols) <= share, "{threads} threads, {cols} columns");
+            }
+        }
     }
 }

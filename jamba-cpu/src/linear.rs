@@ -12,7 +12,7 @@ use jamba_core::{Precision, Result};
 
 use crate::columns::{Block, Columns, for_each, parallel};
 use crate::operand::{Operand, Rounded};
-use crate::packed::PackedRows;
+use crate::packed::{PAIR, PackedRows};
 use crate::simd::dots::{self, Dots, TILE_N, Turn, Widened};
 use crate::simd::integers::Integers;
 use crate::simd::quantised;
@@ -27,13 +27,13 @@ const TASK: usize = 256 << 10;
 const TILED: usize = 768 << 10;
 /// Rows of x that stay in the last-level cache while all rows of W pass by.
 const PANEL: usize = 512;
-/// Rows of W in a tile of one row of x: with more streams at a time each of them is read slower.
-const SINGLE_N: usize = 2;
+/// Streams of W in a tile of one row of x: with more at a time each of them is read slower.
+const STREAMS: usize = 2;
 /// Bytes of a row of W from which on those that are read together are streams of their own; shorter ones
 /// follow one another as one.
 const LONG: usize = 1024;
-/// Tiles of x that pass over a few rows of W together, at most.
-const FEW: usize = 4;
+/// Rows of x that pass all together over each few rows of W, at most.
+const FEW: usize = 16;
 
 /// How products are computed.
 #[derive(Clone, Copy)]
@@ -57,7 +57,7 @@ impl Products {
             for (rows, out) in Self::panels(x.rows(), out, n) {
                 let (x, parallel) =
                     (x.range(rows.clone()), rows.len() * k * n >= parallel::PRODUCTS);
-                let out = Columns::new(out, n, n, self.task_rows(k, n));
+                let out = self.tasks(rows.len(), k, out, n);
                 for_each([out], parallel, |[mut block]| {
                     let cols = block.cols();
                     self.products(x, weight, cols.start, &mut block);
@@ -148,6 +148,18 @@ impl Products {
         starts.zip(out.chunks_mut((PANEL * n).max(1)))
     }
 
+    /// The columns of `out (rows, n)`, made from `k` values of a row of W each, in tasks.
+    pub(crate) fn tasks(self, rows: usize, k: usize, out: &mut [f32], n: usize) -> Columns<'_> {
+        match self.isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx(_) => {}
+            // All rows of x pass by while W is there: the longer its streams, the faster they are read.
+            _ if rows <= FEW => return Columns::shrinking(out, n),
+            _ => {}
+        }
+        Columns::new(out, n, n, self.task_rows(k, n))
+    }
+
     /// Rows of W that one task works on: enough tasks for the threads to end at the same time.
     pub(crate) fn task_rows(self, k: usize, n: usize) -> usize {
         let (task, [least, most], step, parts) = match self.isa {
@@ -166,6 +178,8 @@ impl Products {
 trait Tiles {
     /// Rows of x in the largest tile: 6, 4 or 2.
     const TILE_M: usize;
+    /// Rows of W that lie together: 1 or 2.
+    const UNIT: usize;
 
     /// Rows of x, and of W.
     fn rows(&self) -> [usize; 2];
@@ -190,11 +204,20 @@ trait Tiles {
         // Few rows of x pass all together over each few rows of W, at the speed of memory. With more,
         // each tile of them stays in the first-level cache while it passes over all rows of W, which
         // the first one has brought into the second.
-        let is_few = tiles <= FEW;
+        let is_few = rows <= FEW;
         let streams = self.has_streams();
         if rows == 1 {
-            let (of_w, turn) = (0..n.div_ceil(SINGLE_N), Turn { tiles, turn: 0, streams });
-            return self.pass::<1, SINGLE_N>(0, of_w, turn, out, at);
+            let turn = Turn { tiles, turn: 0, streams };
+            return match Self::UNIT {
+                1 => self.pass::<1, STREAMS>(0, 0..n.div_ceil(STREAMS), turn, out, at),
+                _ => self.pass::<1, { PAIR * STREAMS }>(
+                    0,
+                    0..n.div_ceil(PAIR * STREAMS),
+                    turn,
+                    out,
+                    at,
+                ),
+            };
         }
         let tiles_of_w = n.div_ceil(TILE_N);
         let width = if is_few { 1 } else { tiles_of_w };
@@ -232,10 +255,18 @@ trait Tiles {
         at: usize,
     ) {
         let [_, n] = self.rows();
-        let (next, apart) = if turn.streams { (1, n.div_ceil(N)) } else { (N, 1) };
+        // In units.
+        let together = N / Self::UNIT;
+        let (next, apart) = match turn.streams {
+            true => (1, n.div_ceil(Self::UNIT).div_ceil(together)),
+            false => (together, 1),
+        };
         for j in of_w {
             // Past the last row it stands in for those that are not there.
-            let w = std::array::from_fn(|i| (j * next + i * apart).min(n - 1));
+            let w = std::array::from_fn(|i| {
+                let unit = j * next + i / Self::UNIT * apart;
+                (unit * Self::UNIT + i % Self::UNIT).min(n - 1)
+            });
             let sums = self.tile::<M, N>(m, w, turn);
             for (i, sums) in sums.iter().enumerate() {
                 let out = &mut out.row(m + i)[at..at + n];
@@ -258,6 +289,7 @@ struct Stored<'a, D: Dots> {
 
 impl<D: Dots> Tiles for Stored<'_, D> {
     const TILE_M: usize = D::TILE_M;
+    const UNIT: usize = 1;
 
     #[inline(always)]
     fn rows(&self) -> [usize; 2] {
@@ -297,15 +329,16 @@ struct Integer<'a, D: Integers> {
 
 impl<D: Integers> Tiles for Integer<'_, D> {
     const TILE_M: usize = D::TILE_M;
+    const UNIT: usize = PAIR;
 
     #[inline(always)]
     fn rows(&self) -> [usize; 2] {
-        [self.rows, self.w.quants.len().checked_div(self.w.stride()).unwrap_or(0)]
+        [self.rows, self.w.len]
     }
 
     #[inline(always)]
     fn has_streams(&self) -> bool {
-        self.w.stride() >= LONG
+        self.w.shape.pair_bytes >= LONG
     }
 
     #[inline(always)]

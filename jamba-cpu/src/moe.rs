@@ -131,7 +131,7 @@ pub(crate) fn mlp(
         for (rows, act) in Products::panels(tokens, act, inter) {
             let (x, parallel) =
                 (x.range(rows.clone()), rows.len() * hidden * 2 * inter >= parallel::PRODUCTS);
-            let matrix = Columns::new(act, inter, inter, products.task_rows(hidden, 2 * inter));
+            let matrix = products.tasks(rows.len(), hidden, act, inter);
             for_each([matrix], parallel, |[mut block]| {
                 gate_up(products, x, &weights.gate_up_proj, (0, inter), &mut block);
             });

@@ -4,6 +4,10 @@
 //! block, then the next four of every block, and so on: a lane of a vector of 32-bit integers is a
 //! block, so that the scales of 16 blocks are applied at once, after all products of integers,
 //! which are exact.
+//!
+//! Two rows are one stream, so that memory is read from one end to the other: for each group the scales
+//! of the first row and of the second, where blocks have any, which fill a line of the cache, and then the
+//! quants of the first and of the second.
 
 use jamba_core::host::Pages;
 use jamba_core::quant::{BLOCK, Scales};
@@ -19,109 +23,195 @@ pub(crate) const LANES: usize = 16;
 pub(crate) const STEP: usize = 4;
 /// Values of a group.
 pub(crate) const GROUP: usize = LANES * BLOCK;
+/// Rows that lie together.
+pub(crate) const PAIR: usize = 2;
+/// Bytes of a line of the cache: each pair begins with one.
+const LINE: usize = 64;
 /// What is out of memory, where there is none.
 const WHAT: &str = "quantised weights";
 
 /// A quantised matrix, `(rows, cols)`.
 pub(crate) struct Packed {
-    pub(crate) packing: Packing,
+    shape: Shape,
     rows: usize,
     cols: usize,
-    /// Per row [`stride`](PackedRows::stride).
-    quants: Pages<u8>,
-    /// Per row and block, bits of bf16; empty for `Int8Row`.
-    block_scales: Pages<u16>,
-    /// Per row; empty for the others.
+    /// Per pair of rows [`pair_bytes`](Shape::pair_bytes): the scales of blocks are bits of bf16.
+    pairs: Pages<u8>,
+    /// Per row for `Int8Row`; empty for the others, whose blocks have scales.
     row_scales: Pages<f32>,
 }
 
 /// Some rows of a [`Packed`] matrix.
 #[derive(Clone, Copy)]
 pub(crate) struct PackedRows<'a> {
+    pub(crate) shape: Shape,
+    /// Number of rows.
+    pub(crate) len: usize,
+    pub(crate) row_scales: &'a [f32],
+    /// All of each pair that has any of them.
+    pairs: &'a [u8],
+    /// Rows of the first pair that come before them.
+    skipped: usize,
+}
+
+/// What rows look like.
+#[derive(Clone, Copy)]
+pub(crate) struct Shape {
     pub(crate) packing: Packing,
+    /// Blocks of a row.
+    pub(crate) blocks: usize,
+    /// Bytes of two rows.
+    pub(crate) pair_bytes: usize,
+}
+
+/// Blocks of a row that lie together.
+#[derive(Clone, Copy)]
+pub(crate) struct PackedGroup<'a> {
     pub(crate) blocks: usize,
     pub(crate) quants: &'a [u8],
-    pub(crate) block_scales: &'a [u16],
-    pub(crate) row_scales: &'a [f32],
+    /// Bits of bf16; empty if they have none.
+    pub(crate) scales: &'a [u16],
+}
+
+impl Shape {
+    fn new(packing: Packing, cols: usize) -> Self {
+        let shape = Self { packing, blocks: cols.div_ceil(BLOCK), pair_bytes: 0 };
+        let (whole, rest) = (shape.blocks / LANES, shape.blocks % LANES);
+        let all = whole * shape.group_bytes(LANES) + shape.group_bytes(rest);
+        Self { pair_bytes: all.next_multiple_of(LINE), ..shape }
+    }
+
+    /// Whether blocks have scales, and not rows.
+    pub(crate) fn has_block_scales(self) -> bool {
+        self.packing != Packing::Int8Row
+    }
+
+    /// Bytes of a group of two rows.
+    pub(crate) fn group_bytes(self, blocks: usize) -> usize {
+        let scale = if self.has_block_scales() { size_of::<u16>() } else { 0 };
+        PAIR * blocks * (scale + block_bytes(self.packing))
+    }
+
+    /// Where group number `g` of a row of a pair has its scales and its quants, in bytes from where the
+    /// pair begins, and how many blocks it has.
+    pub(crate) fn group(self, row: usize, g: usize) -> ([usize; 2], usize) {
+        let blocks = LANES.min(self.blocks - g * LANES);
+        let (start, bytes) = (g * self.group_bytes(LANES), blocks * block_bytes(self.packing));
+        let end = start + self.group_bytes(blocks);
+        ([start + row * blocks * size_of::<u16>(), end - (PAIR - row) * bytes], blocks)
+    }
 }
 
 impl Packed {
     pub(crate) fn new(from: Quantized) -> Result<Self> {
         let (packing, [rows, cols]) = (from.packing(), from.shape());
-        let stride = cols.div_ceil(BLOCK) * block_bytes(packing);
-        let mut quants = Pages::zeros(WHAT, rows * stride)?;
-        let stored = packing.stride(cols);
-        if stored > 0 {
-            let to = quants.par_chunks_exact_mut(stride);
-            let rows = from.quants().par_chunks_exact(stored).zip(to);
-            rows.for_each(|(from, to)| interleave(packing, from, to));
-        }
-        let (block_scales, row_scales) = match from.scales() {
+        let shape = Shape::new(packing, cols);
+        let mut pairs = Pages::zeros(WHAT, rows.div_ceil(PAIR) * shape.pair_bytes)?;
+        let (block_scales, from_row_scales) = match from.scales() {
             Scales::Blocks(scales) => (scales, [].as_slice()),
             Scales::Rows(scales) => ([].as_slice(), scales),
         };
-        let (block_scales, row_scales) = (copied(block_scales)?, copied(row_scales)?);
-        Ok(Self { packing, rows, cols, quants, block_scales, row_scales })
-    }
-
-    fn blocks(&self) -> usize {
-        self.cols.div_ceil(BLOCK)
+        let stored = packing.stride(cols);
+        if stored > 0 {
+            let all = pairs.par_chunks_exact_mut(shape.pair_bytes).enumerate();
+            all.for_each(|(pair, to)| {
+                for row in pair * PAIR..rows.min((pair + 1) * PAIR) {
+                    let quants = from.quants()[row * stored..][..stored]
+                        .chunks(LANES * block_bytes(packing));
+                    for (g, quants) in quants.enumerate() {
+                        let ([scales_at, quants_at], blocks) = shape.group(row % PAIR, g);
+                        interleave(
+                            packing,
+                            quants,
+                            &mut to[quants_at..][..blocks * block_bytes(packing)],
+                        );
+                        if shape.has_block_scales() {
+                            let scales = &block_scales[row * shape.blocks + g * LANES..][..blocks];
+                            to[scales_at..][..size_of_val(scales)]
+                                .copy_from_slice(bytemuck::cast_slice(scales));
+                        }
+                    }
+                }
+            });
+        }
+        let mut row_scales = Pages::zeros(WHAT, from_row_scales.len())?;
+        row_scales.copy_from_slice(from_row_scales);
+        Ok(Self { shape, rows, cols, pairs, row_scales })
     }
 
     /// These rows.
     pub(crate) fn rows(&self, rows: std::ops::Range<usize>) -> PackedRows<'_> {
-        assert!(rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
-        let (blocks, stride) = (self.blocks(), self.blocks() * block_bytes(self.packing));
-        let quants = &self.quants[rows.start * stride..rows.end * stride];
-        let (block_scales, row_scales) = match self.packing {
-            Packing::Int8Row => (&[][..], &self.row_scales[rows]),
-            _ => (&self.block_scales[rows.start * blocks..rows.end * blocks], &[][..]),
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        let (first, pair_bytes) = (rows.start / PAIR, self.shape.pair_bytes);
+        let pairs =
+            &self.pairs[first * pair_bytes..rows.end.div_ceil(PAIR).max(first) * pair_bytes];
+        let row_scales = match self.shape.has_block_scales() {
+            true => &[][..],
+            false => &self.row_scales[rows.clone()],
         };
-        PackedRows { packing: self.packing, blocks, quants, block_scales, row_scales }
+        PackedRows {
+            shape: self.shape,
+            len: rows.len(),
+            row_scales,
+            pairs,
+            skipped: rows.start % PAIR,
+        }
     }
 
     /// The weights of some rows as f32, exact.
     pub(crate) fn widen(&self, rows: std::ops::Range<usize>, to: &mut [f32]) {
-        for (row, to) in rows.zip(to.chunks_exact_mut(self.cols.max(1))) {
-            let row = self.rows(row..row + 1);
-            for (i, to) in to.iter_mut().enumerate() {
-                let scale = match row.block_scales.get(i / BLOCK) {
-                    Some(bits) => f32::from_bits(u32::from(*bits) << 16),
-                    None => row.row_scales[0],
-                };
-                *to = f32::from(row.quant(i)) * scale;
+        let rows = self.rows(rows);
+        for (row, to) in to.chunks_exact_mut(self.cols.max(1)).enumerate() {
+            for (g, to) in to.chunks_mut(GROUP).enumerate() {
+                let group = rows.group(row, g);
+                for (i, to) in to.iter_mut().enumerate() {
+                    let scale = match group.scales.get(i / BLOCK) {
+                        Some(bits) => f32::from_bits(u32::from(*bits) << 16),
+                        None => rows.row_scales[row],
+                    };
+                    *to = f32::from(group.quant(self.shape.packing, i)) * scale;
+                }
             }
         }
     }
 }
 
 impl<'a> PackedRows<'a> {
-    /// Bytes of a row.
-    pub(crate) fn stride(&self) -> usize {
-        self.blocks * block_bytes(self.packing)
+    /// The pair that a row is of, and which row of it this is.
+    #[inline(always)]
+    pub(crate) fn pair(&self, row: usize) -> (&'a [u8], usize) {
+        let (row, bytes) = (self.skipped + row, self.shape.pair_bytes);
+        (&self.pairs[row / PAIR * bytes..][..bytes], row % PAIR)
     }
 
-    /// Integer number i of the first row.
-    pub(crate) fn quant(&self, i: usize) -> i8 {
-        let (group, block, at) = (i / GROUP, i / BLOCK % LANES, i % BLOCK);
-        let blocks = LANES.min(self.blocks - group * LANES);
-        let bytes = &self.quants[group * LANES * block_bytes(self.packing)..];
-        match self.packing {
-            Packing::Int4Block => {
-                let (pair, at) = (at / (2 * STEP), at % (2 * STEP));
-                let byte = bytes[(pair * blocks + block) * STEP + at % STEP];
-                let nibble = if at < STEP { byte & 15 } else { byte >> 4 };
-                nibble.cast_signed() - 8
-            }
-            _ => bytes[(at / STEP * blocks + block) * STEP + at % STEP].cast_signed(),
-        }
+    /// Group number `g` of a row.
+    #[inline(always)]
+    pub(crate) fn group(&self, row: usize, g: usize) -> PackedGroup<'a> {
+        let (pair, row) = self.pair(row);
+        let ([scales, quants], blocks) = self.shape.group(row, g);
+        let scales = match self.shape.has_block_scales() {
+            true => bytemuck::cast_slice(&pair[scales..][..blocks * size_of::<u16>()]),
+            false => &[],
+        };
+        let quants = &pair[quants..][..blocks * block_bytes(self.shape.packing)];
+        PackedGroup { blocks, quants, scales }
     }
 }
 
-fn copied<T: bytemuck::Pod>(values: &[T]) -> Result<Pages<T>> {
-    let mut pages = Pages::zeros(WHAT, values.len())?;
-    pages.copy_from_slice(values);
-    Ok(pages)
+impl PackedGroup<'_> {
+    /// Integer number i.
+    fn quant(self, packing: Packing, i: usize) -> i8 {
+        let (block, at) = (i / BLOCK, i % BLOCK);
+        match packing {
+            Packing::Int4Block => {
+                let (pair, at) = (at / (2 * STEP), at % (2 * STEP));
+                let byte = self.quants[(pair * self.blocks + block) * STEP + at % STEP];
+                let nibble = if at < STEP { byte & 15 } else { byte >> 4 };
+                nibble.cast_signed() - 8
+            }
+            _ => self.quants[(at / STEP * self.blocks + block) * STEP + at % STEP].cast_signed(),
+        }
+    }
 }
 
 /// Bytes of a block.
@@ -129,30 +219,27 @@ pub(crate) fn block_bytes(packing: Packing) -> usize {
     if packing == Packing::Int4Block { BLOCK / 2 } else { BLOCK }
 }
 
-/// One row from the order of [`Quantized`] to this one.
+/// A group of a row from the order of [`Quantized`] to this one.
 fn interleave(packing: Packing, from: &[u8], to: &mut [u8]) {
     let bytes = block_bytes(packing);
-    let groups = from.chunks(LANES * bytes).zip(to.chunks_mut(LANES * bytes));
-    for (from, to) in groups {
-        // A row with one scale need not have whole blocks.
-        let blocks = from.len().div_ceil(bytes);
-        for (b, from) in from.chunks(bytes).enumerate() {
-            for (i, to) in to.chunks_exact_mut(blocks * STEP).enumerate() {
-                let to = &mut to[b * STEP..(b + 1) * STEP];
-                for (j, to) in to.iter_mut().enumerate() {
-                    let at = i * STEP + j;
-                    *to = match packing {
-                        Packing::Int4Block => {
-                            // Weights i * 8 + j and i * 8 + 4 + j.
-                            let nibble = |at: usize| {
-                                let byte = from[at % (BLOCK / 2)];
-                                if at < BLOCK / 2 { byte & 15 } else { byte >> 4 }
-                            };
-                            nibble(2 * i * STEP + j) | nibble((2 * i + 1) * STEP + j) << 4
-                        }
-                        _ => from.get(at).copied().unwrap_or(0),
-                    };
-                }
+    // A row with one scale need not have whole blocks.
+    let blocks = from.len().div_ceil(bytes);
+    for (b, from) in from.chunks(bytes).enumerate() {
+        for (i, to) in to.chunks_exact_mut(blocks * STEP).enumerate() {
+            let to = &mut to[b * STEP..(b + 1) * STEP];
+            for (j, to) in to.iter_mut().enumerate() {
+                let at = i * STEP + j;
+                *to = match packing {
+                    Packing::Int4Block => {
+                        // Weights i * 8 + j and i * 8 + 4 + j.
+                        let nibble = |at: usize| {
+                            let byte = from[at % (BLOCK / 2)];
+                            if at < BLOCK / 2 { byte & 15 } else { byte >> 4 }
+                        };
+                        nibble(2 * i * STEP + j) | nibble((2 * i + 1) * STEP + j) << 4
+                    }
+                    _ => from.get(at).copied().unwrap_or(0),
+                };
             }
         }
     }
@@ -280,8 +367,13 @@ mod tests {
             for packing in [Packing::Int8Row, Packing::Int8Block, Packing::Int4Block] {
                 let quantized = || Quantized::new(&param, packing).unwrap();
                 let mut got = vec![0.0; 3 * cols];
-                Packed::new(quantized()).unwrap().widen(0..3, &mut got);
+                let packed = Packed::new(quantized()).unwrap();
+                packed.widen(0..3, &mut got);
                 assert_eq!(got, quantized().dequantize(), "{packing:?} of {cols}");
+                // From the second row of a pair on.
+                let mut rest = vec![0.0; 2 * cols];
+                packed.widen(1..3, &mut rest);
+                assert_eq!(rest, got[cols..], "{packing:?} of {cols}");
             }
         }
     }

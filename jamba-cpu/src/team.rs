@@ -54,6 +54,8 @@ struct Team {
     done: AtomicUsize,
     /// Helpers that were asked for and have not left.
     helpers: AtomicUsize,
+    /// Threads that the step runs on, or the last one did.
+    threads: AtomicUsize,
     /// Whether a step is being run.
     open: AtomicBool,
     panicked: AtomicBool,
@@ -88,7 +90,8 @@ pub(crate) fn lead_on<R>(pool: Option<&ThreadPool>, f: impl FnOnce() -> R) -> R 
         Some(_) => pool,
         None => shared(),
     };
-    let threads = pool.map_or_else(rayon::current_num_threads, ThreadPool::current_num_threads);
+    let threads = size(pool);
+    team.threads.store(threads, Ordering::Relaxed);
     for _ in team.helpers.load(Ordering::Relaxed)..threads.saturating_sub(leaders) {
         team.helpers.fetch_add(1, Ordering::Relaxed);
         let team = Arc::clone(team);
@@ -100,6 +103,19 @@ pub(crate) fn lead_on<R>(pool: Option<&ThreadPool>, f: impl FnOnce() -> R) -> R 
         }
     }
     f()
+}
+
+fn size(pool: Option<&ThreadPool>) -> usize {
+    pool.map_or_else(rayon::current_num_threads, ThreadPool::current_num_threads)
+}
+
+/// How many threads share what is [`run`] here at most.
+pub(crate) fn members() -> usize {
+    match PLACE.get() {
+        Place::Outside => size(shared()),
+        Place::Leading => TEAM.with(|team| team.threads.load(Ordering::Relaxed)),
+        Place::Task => 1,
+    }
 }
 
 /// The pool of all backends, for a thread that is of no pool: nobody else's tasks wait there.

@@ -15,7 +15,7 @@ pub(crate) const TILE_N: usize = 4;
 /// Values of f32 in a line of the cache.
 pub(crate) const LINE: usize = 16;
 /// Bytes between what is read of a stream and what is fetched meanwhile.
-const AHEAD: usize = 2048;
+const AHEAD: usize = 4096;
 /// Elements that any [`Dots`] takes at once at most.
 const MAX_STEP: usize = 32;
 
@@ -141,7 +141,12 @@ pub(crate) fn tile<D: Dots, const M: usize, const N: usize>(
             turn = tiles;
             for w in w_at {
                 if streams {
-                    prefetch_stream(w.wrapping_add(i));
+                    // With more rows of x there is less room in the first-level cache.
+                    prefetch(w.wrapping_add(i).wrapping_byte_add(if M == 1 {
+                        AHEAD
+                    } else {
+                        AHEAD / 2
+                    }));
                 } else {
                     prefetch(w.wrapping_add(N * k + i));
                 }

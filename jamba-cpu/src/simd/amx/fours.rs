@@ -12,7 +12,7 @@ use jamba_core::quant::BLOCK;
 
 use super::{Amx, Chunk, ROWS, Shapes, tiles};
 use crate::columns::Block;
-use crate::packed::{Group, LANES, PackedRows, STEP, block_bytes};
+use crate::packed::{Group, LANES, PackedGroup, PackedRows, STEP};
 use crate::simd::Simd;
 use crate::simd::integers::Integers;
 
@@ -149,21 +149,21 @@ impl Amx {
             static BUFFERS: Cell<(Vec<Tile>, Vec<Next>)> = const { Cell::new((Vec::new(), Vec::new())) };
         }
         let Some(start) = x.chunks.first().map(|chunk| chunk.first) else { return };
-        assert!(x.blocks == w.blocks, "rows of {} and of {} blocks", x.blocks, w.blocks);
-        let n = w.quants.len().checked_div(w.stride()).unwrap_or(0);
+        let (n, blocks) = (w.len, w.shape.blocks);
+        assert!(x.blocks == blocks, "rows of {} and of {blocks} blocks", x.blocks);
         if n == 0 {
             return;
         }
         let (mut unpacked, mut order) = BUFFERS.take();
         // All rows of W stay in the second-level cache while those of x pass by.
-        let len = n.div_ceil(ROWS) * w.blocks;
+        let len = n.div_ceil(ROWS) * blocks;
         if unpacked.len() < len {
             unpacked.resize(len, Tile::default());
         }
-        for (first, to) in (0..n).step_by(ROWS).zip(unpacked.chunks_exact_mut(w.blocks)) {
+        for (first, to) in (0..n).step_by(ROWS).zip(unpacked.chunks_exact_mut(blocks)) {
             self.unpack(w, first..n.min(first + ROWS), to);
         }
-        of_blocks(w.blocks, &mut order);
+        of_blocks(blocks, &mut order);
         let s = self.vectors().avx512();
         let mut work = Work {
             levels: [Sums([[0.0; ROWS]; ROWS]); 5],
@@ -173,7 +173,7 @@ impl Amx {
         let (sums, of_w, of_x) = ((ROWS, 4 * ROWS), (ROWS, BLOCK), (FOURS, 4 * ROWS));
         shapes.set(self, [sums, sums, sums, sums, of_w, of_w, of_x, of_x]);
         for (chunk, of_x) in x.chunks.iter().zip(x.values.chunks_exact(x.blocks)) {
-            for (first, of_w) in (0..n).step_by(ROWS).zip(unpacked.chunks_exact(w.blocks)) {
+            for (first, of_w) in (0..n).step_by(ROWS).zip(unpacked.chunks_exact(blocks)) {
                 let cols = first..n.min(first + ROWS);
                 self.sums(of_x, of_w, &order, &mut work);
                 let sums = &mut work.levels[4].0;
@@ -254,15 +254,13 @@ impl Amx {
     #[inline(always)]
     fn unpack(self, w: PackedRows<'_>, rows: Range<usize>, to: &mut [Tile]) {
         let s = self.vectors().avx512();
-        let (stride, bytes) = (w.stride(), block_bytes(w.packing));
         for first in rows.clone().step_by(2) {
             // Two rows are as wide as a vector.
             for (g, blocks) in to.chunks_mut(LANES).enumerate() {
                 let mut square = [0u32; ROWS * LANES];
                 let vectors: &mut [[u8; LANES * STEP]; ROWS] = bytemuck::cast_mut(&mut square);
                 for (half, row) in vectors.chunks_exact_mut(FOURS).zip(first..rows.end) {
-                    let group = &w.quants[row * stride..][g * LANES * bytes..];
-                    fours(w.packing, &group[..blocks.len() * bytes], blocks.len(), half);
+                    fours(w.shape.packing, w.group(row, g), half);
                 }
                 s.transpose(&mut square);
                 let at = (first - rows.start) / 2;
@@ -272,21 +270,24 @@ impl Amx {
             }
         }
         for (i, row) in rows.enumerate() {
-            for (b, block) in to.iter_mut().enumerate() {
-                block.scales[i] = match w.block_scales.get(row * w.blocks + b) {
-                    Some(bits) => f32::from_bits(u32::from(*bits) << 16),
-                    None => 1.0,
-                };
+            for (g, blocks) in to.chunks_mut(LANES).enumerate() {
+                let scales = w.group(row, g).scales;
+                for (b, block) in blocks.iter_mut().enumerate() {
+                    block.scales[i] = match scales.get(b) {
+                        Some(bits) => f32::from_bits(u32::from(*bits) << 16),
+                        None => 1.0,
+                    };
+                }
             }
         }
     }
 }
 
-/// A group of so many blocks of a row of W as vectors of the first four values of every block, the next
+/// A group of a row of W as vectors of the first four values of every block, the next
 /// four, and so on.
 #[inline(always)]
-fn fours(packing: Packing, group: &[u8], blocks: usize, to: &mut [[u8; LANES * STEP]]) {
-    let vectors = group.chunks_exact(blocks * STEP);
+fn fours(packing: Packing, group: PackedGroup<'_>, to: &mut [[u8; LANES * STEP]]) {
+    let vectors = group.quants.chunks_exact(group.blocks * STEP);
     match packing {
         Packing::Int4Block => {
             for (vector, to) in vectors.zip(to.as_chunks_mut::<2>().0) {
