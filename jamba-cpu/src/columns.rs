@@ -48,49 +48,53 @@ pub(crate) struct Columns<'a> {
 enum Cut {
     /// As wide as one another.
     Even(usize),
-    /// Each a part of what is left for so many threads, so that few have to begin and all end together.
-    Shrinking(usize),
+    /// For so many threads, two at least: each round gives every thread one, and is half of what is left; the
+    /// last is all of it. Few have to begin, and all end together.
+    Halving(usize),
 }
 
-/// Columns that blocks which shrink are multiples of, and have at least.
+/// Columns that blocks of rounds are multiples of.
 const STEP: usize = 16;
+/// Rounds before the last.
+const ROUNDS: usize = 4;
 
 impl Cut {
-    /// Columns of the block that begins where `left` of `cols` are left.
-    fn width(self, cols: usize, left: usize) -> usize {
-        let width = match self {
-            Self::Even(width) => width,
-            Self::Shrinking(0..=1) => left,
-            Self::Shrinking(threads) => {
-                (left / (2 * threads)).max(cols.div_ceil(64)).next_multiple_of(STEP).max(STEP)
+    /// Block number `index`, empty if there is none.
+    fn block(self, cols: usize, index: usize) -> Range<usize> {
+        let (mut start, mut index, mut round) = (0, index, 0);
+        let width = loop {
+            let width = self.width(cols - start);
+            match self {
+                Self::Halving(threads) if round < ROUNDS && index >= threads => {
+                    start = cols.min(start + threads * width);
+                    (index, round) = (index - threads, round + 1);
+                }
+                _ => break width,
             }
         };
-        width.min(left)
+        let start = cols.min(start + index * width);
+        start..cols.min(start + width)
     }
 
-    /// Where block number `index` begins.
-    fn start(self, cols: usize, index: usize) -> usize {
+    /// Width of the blocks of the round before which so many columns are left.
+    fn width(self, left: usize) -> usize {
         match self {
-            Self::Even(width) => (index * width).min(cols),
-            Self::Shrinking(_) => {
-                (0..index).fold(0, |start, _| start + self.width(cols, cols - start))
-            }
+            Self::Even(width) => width,
+            Self::Halving(threads) => left.div_ceil(2 * threads).next_multiple_of(STEP).max(STEP),
         }
     }
 
     /// Number of blocks.
     fn len(self, cols: usize) -> usize {
-        match self {
-            Self::Even(width) => cols.div_ceil(width),
-            Self::Shrinking(_) => {
-                let (mut start, mut len) = (0, 0);
-                while start < cols {
-                    start += self.width(cols, cols - start);
-                    len += 1;
-                }
-                len
+        let (mut left, mut len) = (cols, 0);
+        if let Self::Halving(threads) = self {
+            for _ in 0..ROUNDS {
+                let width = self.width(left);
+                len += threads.min(left.div_ceil(width));
+                left = left.saturating_sub(threads * width);
             }
         }
+        len + left.div_ceil(self.width(left))
     }
 }
 
@@ -106,9 +110,19 @@ impl<'a> Columns<'a> {
         Self::cut(values, stride, cols, Cut::Even(width))
     }
 
-    /// Rows of `cols` values, cut into blocks for the threads of this step: wide ones first.
-    pub(crate) fn shrinking(values: &'a mut [f32], cols: usize) -> Self {
-        Self::cut(values, cols, cols, Cut::Shrinking(team::members()))
+    /// Rows of `cols` values, cut into blocks for the threads of this step, wide ones first; into one if it is
+    /// not `parallel`.
+    pub(crate) fn halving(values: &'a mut [f32], cols: usize, parallel: bool) -> Self {
+        let cut = match if parallel { team::members() } else { 1 } {
+            0..=1 => Cut::Even(cols.max(1)),
+            threads => Cut::Halving(threads),
+        };
+        Self::cut(values, cols, cols, cut)
+    }
+
+    /// Columns of the widest block.
+    pub(crate) fn widest(&self) -> usize {
+        self.cut.block(self.cols, 0).len()
     }
 
     fn cut(values: &'a mut [f32], stride: usize, cols: usize, cut: Cut) -> Self {
@@ -125,14 +139,14 @@ impl<'a> Columns<'a> {
     /// # Safety
     /// No other block that lives may have any of its elements.
     unsafe fn block(&self, rows: Range<usize>, index: usize) -> Block<'_> {
-        let start = self.cut.start(self.cols, index);
+        let cols = self.cut.block(self.cols, index);
         debug_assert!(rows.start <= rows.end && rows.end <= self.rows, "{rows:?} of {}", self.rows);
-        debug_assert!(start < self.cols, "column {start} of {}", self.cols);
+        debug_assert!(cols.start < self.cols, "column {} of {}", cols.start, self.cols);
         Block {
             values: self.values.wrapping_add(rows.start * self.stride),
             rows: rows.len(),
             stride: self.stride,
-            cols: start..start + self.cut.width(self.cols, self.cols - start),
+            cols,
             borrowed: PhantomData,
         }
     }
@@ -268,22 +282,41 @@ mod tests {
     use super::*;
 
     #[test]
-    fn blocks_that_shrink_are_all_columns_once() {
-        for threads in [1, 2, 3, 8, 64] {
+    fn blocks_of_rounds_are_all_columns_once() {
+        for threads in [2, 3, 8, 32, 96, 192] {
             for cols in [0, 1, 16, 17, 160, 2560, 10_240, 65_537] {
-                let cut = Cut::Shrinking(threads);
-                let (mut start, mut last) = (0, usize::MAX);
+                let cut = Cut::Halving(threads);
+                let (mut end, mut last) = (0, usize::MAX);
                 for index in 0..cut.len(cols) {
-                    assert_eq!(cut.start(cols, index), start, "{threads} threads, {cols} columns");
-                    let width = cut.width(cols, cols - start);
-                    assert!(0 < width && width <= last, "{width} after {last}");
-                    (start, last) = (start + width, width);
+                    let block = cut.block(cols, index);
+                    assert_eq!(block.start, end, "{threads} threads, {cols} columns");
+                    assert!((1..=last).contains(&block.len()), "{block:?} after {last}");
+                    (end, last) = (block.end, block.len());
                 }
-                assert_eq!(start, cols, "{threads} threads");
-                assert!(cut.len(cols) <= 64, "{threads} threads, {cols} columns");
-                let share = cols.div_ceil(threads.min(64)).next_multiple_of(STEP);
-                assert!(cut.width(cols, cols) <= share, "{threads} threads, {cols} columns");
+                assert_eq!(end, cols, "{threads} threads");
+                let enough = cut.len(cols) >= 3 * threads || last <= STEP || cols == 0;
+                assert!(enough, "{threads} threads, {cols} columns: {}", cut.len(cols));
             }
+        }
+    }
+
+    #[test]
+    fn every_column_is_written_once_by_any_number_of_threads() {
+        for threads in [1, 3, 8] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let mut values = vec![0.0; 2 * 333];
+            let write = || {
+                for_each([Columns::halving(&mut values, 333, true)], true, |[mut block]| {
+                    let start = block.cols().start;
+                    for row in 0..2 {
+                        for (i, v) in block.row(row).iter_mut().enumerate() {
+                            *v += (row * 333 + start + i) as f32;
+                        }
+                    }
+                });
+            };
+            pool.install(write);
+            assert!(values.iter().enumerate().all(|(i, v)| *v == i as f32), "{threads} threads");
         }
     }
 }

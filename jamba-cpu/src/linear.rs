@@ -29,8 +29,8 @@ const TILED: usize = 768 << 10;
 const PANEL: usize = 512;
 /// Streams of W in a tile of one row of x: with more at a time each of them is read slower.
 const STREAMS: usize = 2;
-/// Bytes of a row of W from which on those that are read together are streams of their own; shorter ones
-/// follow one another as one.
+/// Bytes of a row of W, or of a pair of them, from which on those that are read together are streams of their
+/// own; shorter ones follow one another as one.
 const LONG: usize = 1024;
 /// Rows of x that pass all together over each few rows of W, at most.
 const FEW: usize = 16;
@@ -57,7 +57,7 @@ impl Products {
             for (rows, out) in Self::panels(x.rows(), out, n) {
                 let (x, parallel) =
                     (x.range(rows.clone()), rows.len() * k * n >= parallel::PRODUCTS);
-                let out = self.tasks(rows.len(), k, out, n);
+                let out = self.tasks(rows.len(), [n, k], out, n, parallel);
                 for_each([out], parallel, |[mut block]| {
                     let cols = block.cols();
                     self.products(x, weight, cols.start, &mut block);
@@ -148,16 +148,24 @@ impl Products {
         starts.zip(out.chunks_mut((PANEL * n).max(1)))
     }
 
-    /// The columns of `out (rows, n)`, made from `k` values of a row of W each, in tasks.
-    pub(crate) fn tasks(self, rows: usize, k: usize, out: &mut [f32], n: usize) -> Columns<'_> {
+    /// The columns of `out (rows, cols)`, made from a weight of n rows of k values, in tasks.
+    pub(crate) fn tasks(
+        self,
+        rows: usize,
+        [n, k]: [usize; 2],
+        out: &mut [f32],
+        cols: usize,
+        parallel: bool,
+    ) -> Columns<'_> {
         match self.isa {
+            // Its tiles want tasks of their own; not measured for what it multiplies in vectors.
             #[cfg(target_arch = "x86_64")]
             Isa::Amx(_) => {}
             // All rows of x pass by while W is there: the longer its streams, the faster they are read.
-            _ if rows <= FEW => return Columns::shrinking(out, n),
+            _ if rows <= FEW => return Columns::halving(out, cols, parallel),
             _ => {}
         }
-        Columns::new(out, n, n, self.task_rows(k, n))
+        Columns::new(out, cols, cols, self.task_rows(k, n))
     }
 
     /// Rows of W that one task works on: enough tasks for the threads to end at the same time.
@@ -399,8 +407,18 @@ mod tests {
         for isa in Isa::available() {
             let products = Products { isa, precision: Precision::Bf16 };
             for format in [ExpertsInt8, Int8, Int4] {
-                let sizes = [[1, 1], [3, 32], [9, 100], [5, 512], [7, 600], [6, 1024], [20, 2560]];
-                for [n, k] in sizes.into_iter().take(if cfg!(miri) { 3 } else { 7 }) {
+                let sizes = [
+                    [1, 1],
+                    [3, 32],
+                    [9, 100],
+                    [5, 512],
+                    [7, 600],
+                    [6, 1024],
+                    [7, 1100],
+                    [20, 2560],
+                    [333, 1024],
+                ];
+                for [n, k] in sizes.into_iter().take(if cfg!(miri) { 3 } else { 9 }) {
                     let weight = weight([n, k], Dtype::F32, format);
                     let mut w = vec![0.0; n * k];
                     weight.pieces(0, n, |_, rows| rows.widen(&mut w)).unwrap();
@@ -424,8 +442,8 @@ mod tests {
                         products.linear(row, &weight, None, &mut alone).unwrap();
                         assert_eq!(alone, out[m * n..(m + 1) * n], "{} {format}", isa.name());
                     }
-                    // One to four tiles of them together.
-                    for rows in [2, 7, 13, 23].into_iter().filter(|rows| *rows < ROWS) {
+                    // One to seven tiles of them, together up to 16 rows.
+                    for rows in [2, 5, 7, 13, 16, 17, 23].into_iter().filter(|rows| *rows < ROWS) {
                         let mut some = vec![0.0; rows * n];
                         let x = View::new(&x[..rows * k], k);
                         products.linear(x, &weight, None, &mut some).unwrap();

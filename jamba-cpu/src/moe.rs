@@ -79,10 +79,11 @@ pub(crate) fn moe_experts(
     products.prepare(x.select(tokens), ends, &weights.gate_up_proj, |x| {
         let matrix = Columns::new(act, inter, inter, products.task_rows(hidden, 2 * inter));
         let parallel = uses.len() * hidden * 2 * inter >= parallel::PRODUCTS;
+        let widest = matrix.widest();
         for_each_group(&matrix, ends, parallel, |g, mut block| {
             let x = x.range(group(g));
             let first = experts[g] * 2 * inter;
-            gate_up(products, x, &weights.gate_up_proj, (first, inter), &mut block);
+            gate_up(products, x, &weights.gate_up_proj, (first, inter), widest, &mut block);
         });
     });
     let y = sized(y, uses.len() * hidden);
@@ -131,9 +132,11 @@ pub(crate) fn mlp(
         for (rows, act) in Products::panels(tokens, act, inter) {
             let (x, parallel) =
                 (x.range(rows.clone()), rows.len() * hidden * 2 * inter >= parallel::PRODUCTS);
-            let matrix = products.tasks(rows.len(), hidden, act, inter);
+            let weight = &weights.gate_up_proj;
+            let matrix = products.tasks(rows.len(), [2 * inter, hidden], act, inter, parallel);
+            let widest = matrix.widest();
             for_each([matrix], parallel, |[mut block]| {
-                gate_up(products, x, &weights.gate_up_proj, (0, inter), &mut block);
+                gate_up(products, x, weight, (0, inter), widest, &mut block);
             });
         }
     });
@@ -141,12 +144,14 @@ pub(crate) fn mlp(
 }
 
 /// Some columns of `act = silu(gate(x)) * up(x)`, gate and up being `inter` rows each of the
-/// weight, from `first` on.
+/// weight, from `first` on. Other blocks have up to `widest` columns: there is room for them at once, as a later
+/// step must not allocate.
 fn gate_up(
     products: Products,
     x: Operand<'_>,
     weight: &Weight,
     (first, inter): (usize, usize),
+    widest: usize,
     act: &mut Block<'_>,
 ) {
     thread_local! {
@@ -154,7 +159,7 @@ fn gate_up(
     }
     let (rows, cols) = (x.rows(), act.cols());
     let mut buffer = BOTH.take();
-    let both = sized(&mut buffer, 2 * rows * cols.len());
+    let both = &mut sized(&mut buffer, 2 * rows * widest)[..2 * rows * cols.len()];
     let (gate, up) = both.split_at_mut(rows * cols.len());
     let of = |half: &mut [f32], start| {
         products.products(x, weight, start, &mut Block::new(half, cols.len()));

@@ -6,8 +6,8 @@
 //! which are exact.
 //!
 //! Two rows are one stream, so that memory is read from one end to the other: for each group the scales
-//! of the first row and of the second, where blocks have any, which fill a line of the cache, and then the
-//! quants of the first and of the second.
+//! of the first row and of the second, where blocks have any, and then the quants of the first and of the
+//! second. The scales of a whole group fill a line of the cache.
 
 use jamba_core::host::Pages;
 use jamba_core::quant::{BLOCK, Scales};
@@ -143,8 +143,7 @@ impl Packed {
     pub(crate) fn rows(&self, rows: std::ops::Range<usize>) -> PackedRows<'_> {
         assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
         let (first, pair_bytes) = (rows.start / PAIR, self.shape.pair_bytes);
-        let pairs =
-            &self.pairs[first * pair_bytes..rows.end.div_ceil(PAIR).max(first) * pair_bytes];
+        let pairs = &self.pairs[first * pair_bytes..rows.end.div_ceil(PAIR) * pair_bytes];
         let row_scales = match self.shape.has_block_scales() {
             true => &[][..],
             false => &self.row_scales[rows.clone()],
@@ -180,6 +179,7 @@ impl<'a> PackedRows<'a> {
     /// The pair that a row is of, and which row of it this is.
     #[inline(always)]
     pub(crate) fn pair(&self, row: usize) -> (&'a [u8], usize) {
+        debug_assert!(row < self.len, "row {row} of {}", self.len);
         let (row, bytes) = (self.skipped + row, self.shape.pair_bytes);
         (&self.pairs[row / PAIR * bytes..][..bytes], row % PAIR)
     }

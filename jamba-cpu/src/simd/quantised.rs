@@ -9,7 +9,7 @@ use jamba_core::Packing;
 use super::Simd;
 use super::dots::{self, Turn, prefetch_stream};
 use super::integers::Integers;
-use crate::packed::{Group, LANES, PAIR, PackedRows, STEP};
+use crate::packed::{Group, LANES, PAIR, PackedRows, STEP, block_bytes};
 
 /// The products of M rows of x and N rows of W, which are given by number. What comes after each row is
 /// fetched meanwhile.
@@ -92,8 +92,9 @@ fn places<const N: usize>(w: PackedRows<'_>, rows: [usize; N], g: usize) -> [Pla
     let mut places = [Place { quants: std::ptr::null(), scales: ONES.as_ptr() }; N];
     for (place, row) in places.iter_mut().zip(rows) {
         let (pair, row) = w.pair(row);
-        let ([scales, quants], _) = w.shape.group(row, g);
-        debug_assert!(scales <= pair.len() && quants <= pair.len());
+        let ([scales, quants], blocks) = w.shape.group(row, g);
+        debug_assert!(scales + blocks * size_of::<u16>() <= pair.len());
+        debug_assert!(quants + blocks * block_bytes(w.shape.packing) <= pair.len());
         place.quants = pair.as_ptr().wrapping_add(quants);
         if w.shape.has_block_scales() {
             place.scales = pair.as_ptr().wrapping_add(scales).cast();
@@ -106,7 +107,7 @@ fn places<const N: usize>(w: PackedRows<'_>, rows: [usize; N], g: usize) -> [Pla
 /// is fetched meanwhile if asked for, line by line, which is faster than all at once.
 ///
 /// # Safety
-/// Each of `w` must have the quants of so many blocks, and as many scales, and each row of x the group.
+/// Each of `w_at` must have the quants of so many blocks, and as many scales, and each row of x the group.
 #[inline(always)]
 unsafe fn group<
     D: Integers,
@@ -118,7 +119,7 @@ unsafe fn group<
     d: D,
     x: [&[Group]; M],
     g: usize,
-    w: [Place; N],
+    w_at: [Place; N],
     (blocks, fetches): (usize, bool),
     lanes: &mut [[<D::S as Simd>::F; N]; M],
 ) {
@@ -127,9 +128,9 @@ unsafe fn group<
     // Of `steps` vectors of W, each is multiplied once or, of four bits, twice.
     let steps = if FOUR_BITS { 4 } else { 8 };
     let width = D::S::LANES;
-    // One or two rows of x pass over each row of W in turn, the order of memory; more over all together,
-    // as loads of x would take longest.
-    let together = if M <= 2 { 1 } else { N };
+    // One or two rows of x pass over each row of W in turn, the order of memory. Those of larger tiles, or of as
+    // many rows as prompts have, pass over all together: loads of x would take longest.
+    let together = if M <= 2 && M < D::TILE_M { 1 } else { N };
     debug_assert!((1..=LANES).contains(&blocks) && LANES.is_multiple_of(width));
     debug_assert!(x.iter().all(|x| g < x.len()), "group {g} of x");
     for first in (0..LANES).step_by(width) {
@@ -143,11 +144,11 @@ unsafe fn group<
         for n in 0..N {
             // Those of a pair are in one line.
             if fetches && first == 0 && n % PAIR == 0 {
-                prefetch_stream(w[n].scales);
+                prefetch_stream(w_at[n].scales);
             }
             // SAFETY: so many are left of it.
             let scales =
-                unsafe { std::slice::from_raw_parts(w[n].scales.wrapping_add(first), left) };
+                unsafe { std::slice::from_raw_parts(w_at[n].scales.wrapping_add(first), left) };
             w_scales[n] = s.load_bf16_partial(scales);
         }
         let mut sums = [[d.zero(); N]; M];
@@ -156,33 +157,31 @@ unsafe fn group<
             let minus = unsafe { d.load_bytes(x[m].minus[first..].as_ptr().cast()) };
             sums[m] = [if FOUR_BITS { d.start4(minus) } else { d.start8(minus) }; N];
         }
-        let load = |i: usize, n: usize| {
-            let at = w[n].quants.wrapping_add((i * blocks + first) * STEP);
-            if fetches && first == 0 {
-                prefetch_stream(at);
-            }
-            if WHOLE {
-                // SAFETY: a whole group has 16 lanes in each of its vectors.
-                unsafe { d.load_bytes(at) }
-            } else {
-                // SAFETY: so many lanes are left in this vector.
-                unsafe { d.load_some(at, blocks - first) }
-            }
-        };
-        // SAFETY: a group of x has 8 vectors.
-        let of_x = |m: usize, step: usize| unsafe {
-            d.load_bytes(x[m].quants[(step * LANES + first) * STEP..].as_ptr().cast())
-        };
+        let of_x =
+            |m: usize, step: usize| x[m].quants[(step * LANES + first) * STEP..].as_ptr().cast();
         for row in (0..N).step_by(together) {
             let rows = row..row + together;
             for i in 0..steps {
                 let mut w = [d.zero(); N];
                 for n in rows.clone() {
-                    w[n] = load(i, n);
+                    let at = w_at[n].quants.wrapping_add((i * blocks + first) * STEP);
+                    if fetches && first == 0 {
+                        prefetch_stream(at);
+                    }
+                    w[n] = if WHOLE {
+                        // SAFETY: a whole group has 16 lanes in each of its vectors.
+                        unsafe { d.load_bytes(at) }
+                    } else {
+                        // SAFETY: so many lanes are left in this vector.
+                        unsafe { d.load_some(at, blocks - first) }
+                    };
                 }
                 for (m, sums) in sums.iter_mut().enumerate() {
                     if FOUR_BITS {
-                        let (low, high) = (of_x(m, 2 * i), of_x(m, 2 * i + 1));
+                        // SAFETY: a group of x has 8 vectors.
+                        let low = unsafe { d.load_bytes(of_x(m, 2 * i)) };
+                        // SAFETY: as above.
+                        let high = unsafe { d.load_bytes(of_x(m, 2 * i + 1)) };
                         for n in rows.clone() {
                             sums[n] = d.dot4(d.low_bits(w[n]), low, sums[n]);
                         }
@@ -190,7 +189,8 @@ unsafe fn group<
                             sums[n] = d.dot4(d.high_bits(w[n]), high, sums[n]);
                         }
                     } else {
-                        let x = of_x(m, i);
+                        // SAFETY: as above.
+                        let x = unsafe { d.load_bytes(of_x(m, i)) };
                         for n in rows.clone() {
                             sums[n] = d.dot8(w[n], x, sums[n]);
                         }

@@ -151,7 +151,7 @@ impl Amx {
         let Some(start) = x.chunks.first().map(|chunk| chunk.first) else { return };
         let (n, blocks) = (w.len, w.shape.blocks);
         assert!(x.blocks == blocks, "rows of {} and of {blocks} blocks", x.blocks);
-        if n == 0 {
+        if n == 0 || blocks == 0 {
             return;
         }
         let (mut unpacked, mut order) = BUFFERS.take();
